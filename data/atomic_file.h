@@ -1,0 +1,46 @@
+// Files that are complete or absent: written aside, made durable, then renamed into place.
+#pragma once
+
+#include <cstddef>
+#include <cstdint>
+#include <span>
+#include <string>
+#include <string_view>
+
+namespace rwkv {
+
+// Writes `path` under a temporary name in the same folder (`path` + ".partial-<pid>"). commit()
+// makes it durable and renames it; an object destroyed without commit() removes what it wrote.
+// Every failure (a full disk, a read-only folder) throws std::runtime_error with path and reason.
+class AtomicFile {
+ public:
+  explicit AtomicFile(std::string path);
+  AtomicFile(const AtomicFile&) = delete;
+  AtomicFile& operator=(const AtomicFile&) = delete;
+  ~AtomicFile();
+
+  const std::string& path() const { return path_; }
+  uint64_t size() const { return written_; }
+  void write(std::span<const std::byte> bytes);
+  void write(std::string_view text) { write(std::as_bytes(std::span(text.data(), text.size()))); }
+  // Flushes, fsyncs, renames into place and fsyncs the folder. Call at most once.
+  void commit();
+
+ private:
+  void flush();
+  [[noreturn]] void fail(const char* what);
+
+  std::string path_;
+  std::string partial_path_;
+  std::string buffer_;
+  int fd_ = -1;
+  uint64_t written_ = 0;
+};
+
+// Reads a whole small file (a vocabulary, a configuration). Throws std::runtime_error with path and
+// reason.
+std::string read_text_file(const std::string& path);
+// Makes a rename inside `folder` survive a power cut. Throws std::runtime_error.
+void sync_folder(const std::string& folder);
+
+}  // namespace rwkv

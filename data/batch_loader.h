@@ -1,0 +1,69 @@
+// Batches of token windows, read ahead by a thread of their own.
+#pragma once
+
+#include <condition_variable>
+#include <cstdint>
+#include <deque>
+#include <exception>
+#include <mutex>
+#include <thread>
+#include <vector>
+
+#include "data/binidx.h"
+#include "data/sample_order.h"
+
+namespace rwkv {
+
+// Ids of `rows` windows, row-major [rows, ctx_len]; targets are inputs one token later.
+struct Batch {
+  int64_t first_sample = 0;  // sample number of row 0
+  int64_t rows = 0;
+  int64_t ctx_len = 0;
+  std::vector<int64_t> inputs;
+  std::vector<int64_t> targets;
+};
+
+// Row j of a batch is sample first_sample + j * sample_stride: with one process a stride of 1; with
+// W processes rank r starts at r with stride W, so that together they read the same samples as one.
+struct BatchPlan {
+  int64_t rows = 1;
+  int64_t ctx_len = 1;
+  int64_t first_sample = 0;   // of the first batch
+  int64_t sample_stride = 1;  // between rows; the next batch starts rows * sample_stride later
+  int64_t vocab_size = 0;     // ids must be below it
+  int64_t prefetch_batches = 4;
+};
+
+// One consumer. `file` and `order` must outlive the loader.
+class BatchLoader {
+ public:
+  // Throws std::invalid_argument if a number of the plan is not positive.
+  BatchLoader(const BinidxFile& file, const SampleOrder& order, BatchPlan plan);
+  ~BatchLoader();
+  BatchLoader(const BatchLoader&) = delete;
+  BatchLoader& operator=(const BatchLoader&) = delete;
+
+  // Waits for the next batch; never ends (epochs follow one another). Throws std::runtime_error
+  // naming file, token position, id and vocabulary if an id is not below plan.vocab_size. The first
+  // error is thrown again by every later call.
+  Batch next();
+  // Seconds that calls of next() have waited so far: above zero, reading is the bottleneck.
+  double wait_seconds() const;
+
+ private:
+  void read_ahead();
+  Batch read_batch(int64_t first_sample) const;
+
+  const BinidxFile& file_;
+  const SampleOrder& order_;
+  BatchPlan plan_;
+  mutable std::mutex mutex_;
+  std::condition_variable changed_;
+  std::deque<Batch> ready_;
+  std::exception_ptr error_;
+  bool stopping_ = false;
+  double wait_seconds_ = 0;
+  std::thread thread_;
+};
+
+}  // namespace rwkv

@@ -1,0 +1,103 @@
+// Megatron binidx token files: PREFIX.bin holds the ids of all documents back to back, PREFIX.idx
+// where each lies. Little-endian throughout. Layout of the .idx, n items and d document marks:
+//   0        9 bytes  "MMIDIDX" and two NULs
+//   9        u64      version, 1
+//   17       u8       dtype code: 1 u8, 2 i8, 3 i16, 4 i32, 5 i64, 8 u16 (6 and 7 are floats:
+//   refused) 18, 26   u64      n, d 34       i32[n]   tokens of each item 34+4n    i64[n]   byte
+//   offset of each item in the .bin, a running sum from 0 34+12n   i64[d]   item number at which
+//   each document starts, then n
+// Bytes may follow (newer Megatron's modes). The i64 arrays are not aligned.
+// Beside them we write PREFIX.tokenizer.json (see TokenizerRecord); foreign files lack it.
+// Source: NVIDIA/Megatron-LM megatron/core/datasets/indexed_dataset.py; BlinkDL/RWKV-LM
+// RWKV-v5/src/binidx.py.
+#pragma once
+
+#include <cstddef>
+#include <cstdint>
+#include <memory>
+#include <optional>
+#include <span>
+#include <string>
+#include <string_view>
+#include <vector>
+
+#include "data/atomic_file.h"
+#include "data/mapped_file.h"
+
+namespace rwkv {
+
+enum class TokenDtype : uint8_t { kU8 = 1, kI8 = 2, kI16 = 3, kI32 = 4, kI64 = 5, kU16 = 8 };
+
+// Which tokenizer made a corpus: the content of PREFIX.tokenizer.json.
+struct TokenizerRecord {
+  std::string identity;                    // Tokenizer::identity()
+  int64_t vocab_size = 0;                  // Tokenizer::vocab_size()
+  std::optional<int32_t> end_of_document;  // the id written after each document
+  int64_t text_bytes = 0;                  // bytes of text encoded: gives bits per byte
+};
+
+// A corpus mapped into memory. Safe to read from several threads.
+class BinidxFile {
+ public:
+  // `prefix` is the path without its ending; a path that ends in .bin or .idx is taken for its
+  // prefix. Throws std::runtime_error naming the file, what was found and what was expected if
+  // either file is missing, foreign (an old TNTIDX is named as such), of a float type, cut short,
+  // or if sizes and offsets disagree with each other or with the .bin.
+  explicit BinidxFile(const std::string& prefix);
+
+  const std::string& prefix() const { return prefix_; }
+  TokenDtype dtype() const { return dtype_; }
+  int64_t num_tokens() const { return num_tokens_; }
+  int64_t num_documents() const { return num_documents_; }
+  // Token positions at which document i starts and ends, 0 <= i < num_documents().
+  int64_t document_begin(int64_t i) const;
+  int64_t document_end(int64_t i) const;
+  // Copies ids [begin, begin + out.size()) widened to 64 bits. Throws std::out_of_range with the
+  // range asked for and the number of tokens.
+  void read(int64_t begin, std::span<int64_t> out) const;
+  // What PREFIX.tokenizer.json says, if it is there. Read once, at opening; a broken one throws.
+  const std::optional<TokenizerRecord>& tokenizer_record() const { return record_; }
+
+ private:
+  int64_t item_begin(int64_t item) const;
+
+  std::string prefix_;
+  MappedFile idx_;
+  MappedFile bin_;
+  TokenDtype dtype_ = TokenDtype::kU16;
+  int64_t num_items_ = 0;
+  int64_t num_documents_ = 0;
+  int64_t num_tokens_ = 0;
+  std::optional<TokenizerRecord> record_;
+};
+
+// Writes a corpus in constant memory but for 20 bytes a document. Nothing appears under the final
+// names before finish(); what was written aside is removed if finish() is never reached.
+class BinidxWriter {
+ public:
+  // Ids must be below record.vocab_size; the dtype is u16 if vocab_size <= 65536, else i32.
+  BinidxWriter(const std::string& prefix, TokenizerRecord record);
+  ~BinidxWriter();
+
+  // Appends to the current document. Throws std::invalid_argument naming an id out of range.
+  void add_tokens(std::span<const int32_t> ids);
+  // Ends the current document: appends record.end_of_document if there is one. A document without
+  // tokens is not written.
+  void end_document();
+  // `text_bytes` goes into the side file. Throws std::runtime_error if no document was written.
+  void finish(int64_t text_bytes);
+
+  int64_t num_tokens() const { return num_tokens_; }
+  int64_t num_documents() const { return static_cast<int64_t>(sizes_.size()); }
+
+ private:
+  std::string prefix_;
+  TokenizerRecord record_;
+  TokenDtype dtype_;
+  AtomicFile bin_;
+  std::vector<int32_t> sizes_;
+  int64_t num_tokens_ = 0;
+  int64_t document_tokens_ = 0;
+};
+
+}  // namespace rwkv

@@ -1,0 +1,1 @@
+#include "model/formats/weight_file.h"

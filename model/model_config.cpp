@@ -1,0 +1,27 @@
+#include "model/model_config.h"
+
+#include <stdexcept>
+
+namespace rwkv {
+namespace {
+
+void require_at_least(int64_t least, const char* key, int64_t value) {
+  if (value < least) {
+    throw std::invalid_argument("model." + std::string(key) + " = " + std::to_string(value) +
+                                ": must be " + std::to_string(least) + " or more");
+  }
+}
+
+}  // namespace
+
+void ModelConfig::validate() const {
+  require_at_least(1, "n_layer", n_layer);
+  require_at_least(1, "n_embd", n_embd);
+  require_at_least(0, "dim_att", dim_att);
+  require_at_least(0, "dim_ffn", dim_ffn);
+  require_at_least(0, "head_size", head_size);
+  require_at_least(1, "vocab_size", vocab_size);
+  require_at_least(1, "ctx_len", ctx_len);
+}
+
+}  // namespace rwkv

@@ -1,0 +1,25 @@
+// The shape of a model. No Torch here: configuration files and file readers use it too.
+#pragma once
+
+#include <cstdint>
+#include <string>
+
+namespace rwkv {
+
+struct ModelConfig {
+  std::string version = "rwkv4";  // a name of the version registry
+  int64_t n_layer = 6;            // 1 or more
+  int64_t n_embd = 384;           // C, 1 or more
+  int64_t dim_att = 0;            // A; 0 until resolve() makes it n_embd
+  int64_t dim_ffn = 0;            // F; 0 until resolve() makes it what the version's author uses
+  int64_t head_size = 0;          // N; versions without heads (rwkv4) keep it 0
+  int64_t vocab_size = 0;         // V, 1 or more; 0 until it is taken from the tokenizer
+  int64_t ctx_len = 256;          // T trained for; the model itself takes any T
+
+  // Throws std::invalid_argument naming the key ("model.n_embd = -3: ...") for a value out of
+  // range.
+  void validate() const;
+  bool operator==(const ModelConfig&) const = default;
+};
+
+}  // namespace rwkv
