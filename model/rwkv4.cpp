@@ -1,0 +1,247 @@
+#include "model/rwkv4.h"
+
+#include <cmath>
+#include <stdexcept>
+
+#include <ATen/ATen.h>
+
+#include "model/ops/wkv4.h"
+
+namespace rwkv {
+namespace {
+
+at::Tensor mix(const at::Tensor& x, const at::Tensor& previous, const at::Tensor& mu) {
+  return x * mu + previous * (1 - mu);
+}
+
+// ---- Sizes --------------------------------------------------------------------------------------
+
+void resolve(ModelConfig& config) {
+  if (config.dim_att == 0) {
+    config.dim_att = config.n_embd;
+  }
+  if (config.dim_ffn == 0) {
+    config.dim_ffn = 4 * config.n_embd;
+  }
+  if (config.head_size != 0) {
+    throw std::invalid_argument("model.head_size = " + std::to_string(config.head_size) +
+                                ": rwkv4 has no heads; leave the key out");
+  }
+}
+
+bool recognises(const TensorShapes& shapes) {
+  return shapes.contains("blocks.0.att.time_first") && shapes.contains("blocks.0.att.time_mix_k") &&
+         !shapes.contains("blocks.0.att.ln_x.weight");
+}
+
+// Size of an axis of a tensor that has to have `rank` axes.
+int64_t size_of_axis(const TensorShapes& shapes,
+                     const std::string& name,
+                     size_t rank,
+                     size_t axis) {
+  const auto found = shapes.find(name);
+  if (found == shapes.end()) {
+    throw std::runtime_error(name + " is missing, and every rwkv4 model has it");
+  }
+  if (found->second.size() != rank) {
+    throw std::runtime_error(name + " has " + std::to_string(found->second.size()) +
+                             " axes, expected " + std::to_string(rank));
+  }
+  return found->second[axis];
+}
+
+ModelConfig config_of(const TensorShapes& shapes) {
+  ModelConfig config;
+  config.version = "rwkv4";
+  config.vocab_size = size_of_axis(shapes, "emb.weight", 2, 0);
+  config.n_embd = size_of_axis(shapes, "emb.weight", 2, 1);
+  config.dim_att = size_of_axis(shapes, "blocks.0.att.key.weight", 2, 0);
+  config.dim_ffn = size_of_axis(shapes, "blocks.0.ffn.key.weight", 2, 0);
+  config.n_layer = 0;
+  while (shapes.contains("blocks." + std::to_string(config.n_layer) + ".ln1.weight")) {
+    ++config.n_layer;
+  }
+  return config;
+}
+
+at::Tensor initial_wkv(const ModelConfig& config,
+                       int64_t batch_size,
+                       const at::TensorOptions& options) {
+  return ops::wkv4_initial_state(batch_size, config.dim_att, options);
+}
+
+// ---- Initial values -----------------------------------------------------------------------------
+
+// Orthonormal rows or columns (whichever are fewer) times the gain.
+void fill_orthogonal(at::Tensor& parameter, double gain, at::Generator generator) {
+  const int64_t rows = parameter.size(0);
+  const int64_t cols = parameter.size(1);
+  const at::Tensor normal =
+      at::randn({std::max(rows, cols), std::min(rows, cols)}, generator, at::kFloat);
+  auto [q, r] = at::linalg_qr(normal);
+  // Without the signs of R's diagonal the factor would not be uniform over orthogonal matrices.
+  q = q * r.diagonal().sign();
+  parameter.copy_((rows >= cols ? q : q.t()) * gain);
+}
+
+// Layer number in "blocks.3.att.key.weight"; the name after it.
+struct BlockName {
+  int64_t layer;
+  std::string_view rest;
+};
+BlockName parse_block_name(std::string_view name) {
+  constexpr std::string_view kPrefix = "blocks.";
+  const size_t dot = name.find('.', kPrefix.size());
+  TORCH_CHECK(name.starts_with(kPrefix) && dot != std::string_view::npos,
+              "rwkv4 has no parameter called ",
+              name);
+  return {std::stoll(std::string(name.substr(kPrefix.size(), dot - kPrefix.size()))),
+          name.substr(dot + 1)};
+}
+
+at::Tensor initial_time_decay(const ModelConfig& config, double r01) {
+  // One channel has no span; it takes the slow end.
+  const double span = static_cast<double>(std::max<int64_t>(config.dim_att - 1, 1));
+  const at::Tensor h = at::arange(config.dim_att, at::kDouble) / span;
+  return -5 + 8 * h.pow(0.7 + 1.3 * r01);
+}
+
+at::Tensor initial_time_first(const ModelConfig& config) {
+  const at::Tensor zigzag = (at::arange(config.dim_att, at::kDouble) + 1).remainder(3) - 1;
+  return std::log(0.3) + 0.5 * zigzag;
+}
+
+void initialise(const ModelConfig& config,
+                std::string_view name,
+                at::Tensor& parameter,
+                double emb_range,
+                at::Generator generator) {
+  const double gain_of_shape = parameter.dim() == 2 && parameter.size(0) > parameter.size(1)
+                                   ? std::sqrt(static_cast<double>(parameter.size(0)) /
+                                               static_cast<double>(parameter.size(1)))
+                                   : 1.0;
+  if (name == "emb.weight") {
+    parameter.uniform_(-emb_range, emb_range, generator);
+    return;
+  }
+  if (name == "head.weight") {
+    fill_orthogonal(parameter, 0.5 * gain_of_shape, generator);
+    return;
+  }
+  if (name.ends_with(".bias")) {
+    parameter.zero_();
+    return;
+  }
+  if (name.starts_with("ln_out.")) {
+    parameter.fill_(1);
+    return;
+  }
+  const auto [layer, rest] = parse_block_name(name);
+  const double r01 = config.n_layer == 1
+                         ? 0.0
+                         : static_cast<double>(layer) / static_cast<double>(config.n_layer - 1);
+  const double r10 = 1.0 - static_cast<double>(layer) / static_cast<double>(config.n_layer);
+  const at::Tensor d = at::arange(config.n_embd, at::kDouble) / static_cast<double>(config.n_embd);
+  if (rest.starts_with("ln")) {
+    parameter.fill_(1);
+  } else if (rest == "att.time_decay") {
+    parameter.copy_(initial_time_decay(config, r01));
+  } else if (rest == "att.time_first") {
+    parameter.copy_(initial_time_first(config));
+  } else if (rest == "att.time_mix_v") {
+    parameter.copy_((d.pow(r10) + 0.3 * r01).view_as(parameter));
+  } else if (rest == "att.time_mix_r") {
+    parameter.copy_(d.pow(0.5 * r10).view_as(parameter));
+  } else if (rest == "att.time_mix_k" || rest.starts_with("ffn.time_mix_")) {
+    parameter.copy_(d.pow(r10).view_as(parameter));
+  } else if (rest == "att.value.weight" || rest == "ffn.key.weight") {
+    fill_orthogonal(parameter, gain_of_shape, generator);
+  } else {
+    // att key, receptance, output; ffn receptance, value.
+    parameter.zero_();
+  }
+}
+
+// ---- Training classes ---------------------------------------------------------------------------
+
+ParameterTraits traits(std::string_view name, at::IntArrayRef shape) {
+  ParameterTraits result;
+  if (name.ends_with(".att.time_decay")) {
+    result.lr_scale = 2;
+    result.keep_fp32 = true;
+  } else if (name.ends_with(".att.time_first")) {
+    result.lr_scale = 3;
+    result.keep_fp32 = true;
+  }
+  int64_t wide_axes = 0;
+  for (const int64_t size : shape) {
+    wide_axes += size > 1;
+  }
+  result.weight_decay = wide_axes >= 2;
+  return result;
+}
+
+}  // namespace
+
+Rwkv4TimeMix::Rwkv4TimeMix(const ModelConfig& config)
+    : time_decay(register_parameter("time_decay", at::empty({config.dim_att}))),
+      time_first(register_parameter("time_first", at::empty({config.dim_att}))),
+      time_mix_k(register_parameter("time_mix_k", at::empty({1, 1, config.n_embd}))),
+      time_mix_v(register_parameter("time_mix_v", at::empty({1, 1, config.n_embd}))),
+      time_mix_r(register_parameter("time_mix_r", at::empty({1, 1, config.n_embd}))),
+      key(config.dim_att, config.n_embd),
+      value(config.dim_att, config.n_embd),
+      receptance(config.dim_att, config.n_embd),
+      output(config.n_embd, config.dim_att) {
+  register_module("key", key);
+  register_module("value", value);
+  register_module("receptance", receptance);
+  register_module("output", output);
+}
+
+TimeMixOutput Rwkv4TimeMix::forward(const TimeMixInput& input) {
+  const at::Tensor& x_BTC = input.x_BTC;
+  const at::Tensor previous_BTC = token_shift(x_BTC, input.before.att_shift_BC);
+  const at::Tensor k_BTA = key(mix(x_BTC, previous_BTC, time_mix_k));
+  const at::Tensor v_BTA = value(mix(x_BTC, previous_BTC, time_mix_v));
+  const at::Tensor r_BTA = receptance(mix(x_BTC, previous_BTC, time_mix_r));
+  const at::Tensor w_log_A = -time_decay.exp();
+  const ops::Wkv4Output wkv = ops::wkv4(w_log_A, k_BTA, v_BTA, time_first, input.before.wkv);
+  return {.y_BTC = output(r_BTA.sigmoid() * wkv.y_BTA), .wkv = wkv.state_B3A};
+}
+
+Rwkv4ChannelMix::Rwkv4ChannelMix(const ModelConfig& config)
+    : time_mix_k(register_parameter("time_mix_k", at::empty({1, 1, config.n_embd}))),
+      time_mix_r(register_parameter("time_mix_r", at::empty({1, 1, config.n_embd}))),
+      key(config.dim_ffn, config.n_embd),
+      receptance(config.n_embd, config.n_embd),
+      value(config.n_embd, config.dim_ffn) {
+  register_module("key", key);
+  register_module("receptance", receptance);
+  register_module("value", value);
+}
+
+at::Tensor Rwkv4ChannelMix::forward(const at::Tensor& x_BTC, const at::Tensor& previous_BTC) {
+  const at::Tensor k_BTF = key(mix(x_BTC, previous_BTC, time_mix_k)).relu().square();
+  const at::Tensor r_BTC = receptance(mix(x_BTC, previous_BTC, time_mix_r)).sigmoid();
+  return r_BTC * value(k_BTF);
+}
+
+ModelVersion rwkv4_version() {
+  return {
+      .name = "rwkv4",
+      .resolve = &resolve,
+      .recognises = &recognises,
+      .config_of = &config_of,
+      .make_time_mix = [](const ModelConfig& config, int64_t) -> std::shared_ptr<TimeMix> {
+        return std::make_shared<Rwkv4TimeMix>(config);
+      },
+      .make_channel_mix = [](const ModelConfig& config, int64_t) -> std::shared_ptr<ChannelMix> {
+        return std::make_shared<Rwkv4ChannelMix>(config);
+      },
+      .initial_wkv = &initial_wkv,
+      .initialise = &initialise,
+      .traits = &traits};
+}
+
+}  // namespace rwkv

@@ -1,0 +1,110 @@
+#include "model/rwkv_model.h"
+
+#include <ATen/ATen.h>
+#include <ATen/CPUGeneratorImpl.h>
+
+namespace rwkv {
+namespace {
+
+ModelConfig resolved(ModelConfig config) {
+  find_version(config.version).resolve(config);
+  config.validate();
+  return config;
+}
+
+}  // namespace
+
+RwkvModelImpl::RwkvModelImpl(const ModelConfig& config)
+    : config_(resolved(config)),
+      version_(&find_version(config_.version)),
+      emb_(config_.vocab_size, config_.n_embd),
+      ln_out_(config_.n_embd),
+      head_(config_.vocab_size, config_.n_embd) {
+  register_module("emb", emb_);
+  // A list whose children are called 0, 1, ...: blocks.0.ln1.weight and so on.
+  const auto blocks = register_module("blocks", std::make_shared<torch::nn::Module>());
+  for (int64_t layer = 0; layer < config_.n_layer; ++layer) {
+    Block block(layer,
+                config_.n_embd,
+                version_->make_time_mix(config_, layer),
+                version_->make_channel_mix(config_, layer));
+    blocks->register_module(std::to_string(layer), block);
+    blocks_.push_back(block);
+  }
+  register_module("ln_out", ln_out_);
+  register_module("head", head_);
+}
+
+void RwkvModelImpl::initialise(uint64_t seed, double emb_range) {
+  const at::NoGradGuard no_grad;
+  at::Generator generator = at::make_generator<at::CPUGeneratorImpl>(seed);
+  for (auto& item : named_parameters()) {
+    version_->initialise(config_, item.key(), item.value(), emb_range, generator);
+  }
+}
+
+RwkvModelImpl::Hidden RwkvModelImpl::run_blocks(const at::Tensor& tokens_BT, const State& state) {
+  TORCH_CHECK(tokens_BT.dim() == 2 && tokens_BT.size(1) >= 1,
+              "tokens_BT is ",
+              tokens_BT.sizes(),
+              ", expected [B, T] with T >= 1");
+  TORCH_CHECK(static_cast<int64_t>(state.layers.size()) == config_.n_layer,
+              "state has ",
+              state.layers.size(),
+              " layers but the model has ",
+              config_.n_layer);
+  Hidden hidden{.x_BTC = at::embedding(emb_->weight, tokens_BT), .state = {}};
+  for (size_t layer = 0; layer < blocks_.size(); ++layer) {
+    BlockOutput output = blocks_[layer](hidden.x_BTC, state.layers[layer]);
+    hidden.x_BTC = std::move(output.x_BTC);
+    hidden.state.layers.push_back(std::move(output.after));
+  }
+  return hidden;
+}
+
+ModelOutput RwkvModelImpl::forward(const at::Tensor& tokens_BT, const State& state) {
+  Hidden hidden = run_blocks(tokens_BT, state);
+  return {.logits_BTV = head_(ln_out_(hidden.x_BTC)), .state = std::move(hidden.state)};
+}
+
+RwkvModelImpl::LastOutput RwkvModelImpl::forward_last(const at::Tensor& tokens_BT,
+                                                      const State& state) {
+  Hidden hidden = run_blocks(tokens_BT, state);
+  const at::Tensor last_BC = hidden.x_BTC.select(1, tokens_BT.size(1) - 1);
+  return {.logits_BV = head_(ln_out_(last_BC)), .state = std::move(hidden.state)};
+}
+
+State RwkvModelImpl::initial_state(int64_t batch_size) const {
+  const at::TensorOptions activations = emb_->weight.options().requires_grad(false);
+  const at::TensorOptions exact =
+      activations.dtype(dtype() == at::kDouble ? at::kDouble : at::kFloat);
+  State state;
+  for (int64_t layer = 0; layer < config_.n_layer; ++layer) {
+    state.layers.push_back({.att_shift_BC = at::zeros({batch_size, config_.n_embd}, activations),
+                            .ffn_shift_BC = at::zeros({batch_size, config_.n_embd}, activations),
+                            .wkv = version_->initial_wkv(config_, batch_size, exact)});
+  }
+  return state;
+}
+
+void RwkvModelImpl::set_dtype(at::ScalarType dtype) {
+  for (auto& item : named_parameters()) {
+    at::Tensor& parameter = item.value();
+    const bool exact = dtype == at::kBFloat16 && traits(item.key(), parameter.sizes()).keep_fp32;
+    parameter.set_data(parameter.data().to(exact ? at::kFloat : dtype));
+  }
+}
+
+at::ScalarType RwkvModelImpl::dtype() const {
+  return emb_->weight.scalar_type();
+}
+
+int64_t RwkvModelImpl::num_parameters() const {
+  int64_t count = 0;
+  for (const at::Tensor& parameter : parameters()) {
+    count += parameter.numel();
+  }
+  return count;
+}
+
+}  // namespace rwkv

@@ -1,0 +1,62 @@
+// The table from a version's name to what makes its model: one row a version.
+#pragma once
+
+#include <cstdint>
+#include <functional>
+#include <map>
+#include <memory>
+#include <string>
+#include <string_view>
+#include <vector>
+
+#include <ATen/core/Generator.h>
+#include <ATen/core/Tensor.h>
+
+#include "model/block.h"
+#include "model/model_config.h"
+
+namespace rwkv {
+
+// Names and shapes of a weight file's tensors: all that telling a version and its sizes needs.
+using TensorShapes = std::map<std::string, std::vector<int64_t>, std::less<>>;
+
+// How the trainer treats a parameter.
+struct ParameterTraits {
+  double lr_scale = 1.0;      // factor on the learning rate, with layer-wise rates on
+  bool weight_decay = false;  // whether weight decay applies
+  bool keep_fp32 = false;     // stays fp32 in a bf16 model
+};
+
+struct ModelVersion {
+  std::string_view name;
+
+  // Fills what the configuration leaves open (dim_att, dim_ffn) and checks what is the version's
+  // own. Throws std::invalid_argument naming the key.
+  void (*resolve)(ModelConfig& config);
+  // Whether a file's tensors are this version's; rows are asked in the table's order.
+  bool (*recognises)(const TensorShapes& shapes);
+  // The sizes such a file has (ctx_len is not in a file: it stays the default). Throws
+  // std::runtime_error naming a tensor that is missing or of an odd shape.
+  ModelConfig (*config_of)(const TensorShapes& shapes);
+
+  std::shared_ptr<TimeMix> (*make_time_mix)(const ModelConfig& config, int64_t layer);
+  std::shared_ptr<ChannelMix> (*make_channel_mix)(const ModelConfig& config, int64_t layer);
+  // wkv state before any token; options give dtype and device.
+  at::Tensor (*initial_wkv)(const ModelConfig& config,
+                            int64_t batch_size,
+                            const at::TensorOptions& options);
+  // Writes the author's initial value of the parameter `name` into `parameter` (fp32).
+  void (*initialise)(const ModelConfig& config,
+                     std::string_view name,
+                     at::Tensor& parameter,
+                     double emb_range,
+                     at::Generator generator);
+  ParameterTraits (*traits)(std::string_view name, at::IntArrayRef shape);
+};
+
+// Throws std::invalid_argument listing the known names.
+const ModelVersion& find_version(std::string_view name);
+// Throws std::runtime_error saying that no known version has these tensors.
+const ModelVersion& recognise_version(const TensorShapes& shapes);
+
+}  // namespace rwkv

@@ -1,0 +1,140 @@
+#include "model/weights.h"
+
+#include <stdexcept>
+
+#include <ATen/ATen.h>
+
+#include "model/formats/format_registry.h"
+
+namespace rwkv {
+namespace {
+
+struct DtypePair {
+  WeightDtype stored;
+  at::ScalarType scalar;
+};
+constexpr DtypePair kDtypes[] = {
+    {WeightDtype::kF64, at::kDouble},
+    {WeightDtype::kF32, at::kFloat},
+    {WeightDtype::kF16, at::kHalf},
+    {WeightDtype::kBf16, at::kBFloat16},
+    {WeightDtype::kI64, at::kLong},
+    {WeightDtype::kI32, at::kInt},
+    {WeightDtype::kI16, at::kShort},
+    {WeightDtype::kI8, at::kChar},
+    {WeightDtype::kU8, at::kByte},
+    {WeightDtype::kBool, at::kBool},
+};
+
+std::string to_string(at::IntArrayRef shape) {
+  std::string text = "[";
+  for (const int64_t size : shape) {
+    text += (text.size() > 1 ? ", " : "") + std::to_string(size);
+  }
+  return text + "]";
+}
+
+// Sizes without the axes of size 1.
+std::vector<int64_t> squeezed(at::IntArrayRef shape) {
+  std::vector<int64_t> sizes;
+  for (const int64_t size : shape) {
+    if (size != 1) {
+      sizes.push_back(size);
+    }
+  }
+  return sizes;
+}
+
+}  // namespace
+
+at::ScalarType to_scalar_type(WeightDtype dtype) {
+  for (const DtypePair& pair : kDtypes) {
+    if (pair.stored == dtype) {
+      return pair.scalar;
+    }
+  }
+  TORCH_CHECK(false, "WeightDtype ", static_cast<int>(dtype), " is not in the table");
+}
+
+WeightDtype to_weight_dtype(at::ScalarType type) {
+  for (const DtypePair& pair : kDtypes) {
+    if (pair.scalar == type) {
+      return pair.stored;
+    }
+  }
+  throw std::invalid_argument(std::string("tensors of type ") + c10::toString(type) +
+                              " cannot be written to a weight file");
+}
+
+at::Tensor to_tensor(const StoredTensor& stored) {
+  at::Tensor tensor = at::empty(stored.shape, to_scalar_type(stored.dtype));
+  stored.copy_to(std::span(static_cast<std::byte*>(tensor.mutable_data_ptr()), tensor.nbytes()));
+  return tensor;
+}
+
+std::vector<TensorToWrite> to_write(const NamedTensors& tensors) {
+  std::vector<TensorToWrite> result;
+  for (const auto& [name, tensor] : tensors) {
+    TORCH_CHECK(tensor.is_contiguous() && tensor.is_cpu(), name, " is not contiguous on the CPU");
+    result.push_back({.name = name,
+                      .dtype = to_weight_dtype(tensor.scalar_type()),
+                      .shape = tensor.sizes().vec(),
+                      .data = std::span(static_cast<const std::byte*>(tensor.const_data_ptr()),
+                                        tensor.nbytes())});
+  }
+  return result;
+}
+
+TensorShapes shapes_of(const WeightFile& file) {
+  TensorShapes shapes;
+  for (const StoredTensor& tensor : file.tensors) {
+    shapes[tensor.name] = tensor.shape;
+  }
+  return shapes;
+}
+
+void load_weights(RwkvModel& model, const WeightFile& file) {
+  const at::NoGradGuard no_grad;
+  auto parameters = model->named_parameters();
+  for (auto& item : parameters) {
+    const StoredTensor* stored = file.find(item.key());
+    if (stored == nullptr) {
+      throw std::runtime_error(file.path + ": " + item.key() + " is missing; expected " +
+                               to_string(item.value().sizes()) + " for a model of version " +
+                               model->config().version);
+    }
+    if (squeezed(stored->shape) != squeezed(item.value().sizes())) {
+      throw std::runtime_error(file.path + ": " + item.key() + " is " + to_string(stored->shape) +
+                               ", expected " + to_string(item.value().sizes()) +
+                               " for model.n_embd = " + std::to_string(model->config().n_embd) +
+                               ", n_layer = " + std::to_string(model->config().n_layer) +
+                               ", vocab_size = " + std::to_string(model->config().vocab_size));
+    }
+    item.value().copy_(to_tensor(*stored).view(item.value().sizes()));
+  }
+  for (const StoredTensor& stored : file.tensors) {
+    if (!parameters.contains(stored.name)) {
+      throw std::runtime_error(
+          file.path + ": " + stored.name + " is unexpected in a model of version " +
+          model->config().version + " with " + std::to_string(model->config().n_layer) +
+          " layers; is it a variant, or does the file hold more than weights?");
+    }
+  }
+}
+
+RwkvModel open_model(const std::string& path, at::ScalarType dtype) {
+  const WeightFile file = read_weights(path);
+  const TensorShapes shapes = shapes_of(file);
+  ModelConfig config;
+  try {
+    config = recognise_version(shapes).config_of(shapes);
+  } catch (const std::runtime_error& error) {
+    throw std::runtime_error(file.path + ": " + error.what());
+  }
+  RwkvModel model(config);
+  load_weights(model, file);
+  model->set_dtype(dtype);
+  return model;
+}
+
+}  // namespace rwkv
