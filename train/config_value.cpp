@@ -50,9 +50,9 @@ void reject_value(std::string_view key, std::string_view value, std::string_view
                               std::string(why));
 }
 
-void require_at_least(int64_t least, std::string_view key, int64_t value) {
-  if (value < least) {
-    reject_value(key, to_config_text(value), "must be " + to_config_text(least) + " or more");
+void require_at_least(int64_t least, std::string_view key, const std::optional<int64_t>& value) {
+  if (value && *value < least) {
+    reject_value(key, to_config_text(*value), "must be " + to_config_text(least) + " or more");
   }
 }
 

@@ -3,6 +3,7 @@
 #pragma once
 
 #include <cstdint>
+#include <optional>
 #include <string>
 #include <string_view>
 
@@ -18,8 +19,9 @@ std::string to_config_text(std::string_view value);
 // Throws std::invalid_argument "key = value: why". `value` is a text from above.
 [[noreturn]] void reject_value(std::string_view key, std::string_view value, std::string_view why);
 
-// Throw through reject_value, saying the bound, unless value lies in it; NaN never does.
-void require_at_least(int64_t least, std::string_view key, int64_t value);
+// Throw through reject_value, saying the bound, unless value lies in it; NaN never does, what is
+// not given always.
+void require_at_least(int64_t least, std::string_view key, const std::optional<int64_t>& value);
 void require_in_range(double least, double most, std::string_view key, double value);
 
 }  // namespace rwkv
