@@ -1,0 +1,405 @@
+#include "train/run_config.h"
+
+#include <algorithm>
+#include <cmath>
+#include <limits>
+#include <stdexcept>
+#include <utility>
+#include <vector>
+
+#include "data/atomic_file.h"
+#include "train/config_file.h"
+#include "train/config_value.h"
+
+namespace rwkv {
+namespace {
+
+constexpr const char* kBatchChoice = "batch";
+constexpr const char* kLengthChoice = "length";
+constexpr auto kMayDiffer = OnResume::kMayDiffer;
+constexpr auto kMustMatch = OnResume::kMustMatch;
+
+ConfigSection model_section(ModelConfig& m) {
+  return {
+      "model",
+      {
+          {"version", &m.version, "version of the architecture, such as \"rwkv4\""},
+          {"n_layer", &m.n_layer, "blocks; 1 or more"},
+          {"n_embd", &m.n_embd, "width of the residual stream; 1 or more"},
+          {"dim_att", AbsentIfZero{&m.dim_att}, "width of time mixing; absent: n_embd"},
+          {"dim_ffn", AbsentIfZero{&m.dim_ffn}, "width of channel mixing; absent: the version's"},
+          {"head_size", AbsentIfZero{&m.head_size}, "channels a head; absent: the version's"},
+          {"vocab_size", AbsentIfZero{&m.vocab_size}, "tokens; absent: the corpus' tokenizer's"},
+          {"ctx_len", &m.ctx_len, "tokens of a training sequence; 1 or more"},
+      }};
+}
+
+ConfigSection data_section(DataConfig& d) {
+  return {"data",
+          {
+              {"train", &d.train, "PREFIX of PREFIX.bin and PREFIX.idx to train on; required"},
+              {"validation", &d.validation, "prefix to validate on; absent: none", kMayDiffer},
+              {"tokenizer", &d.tokenizer, "must be the corpus' if given, as \"bytes\"", kMayDiffer},
+              {"order",
+               by_name<SampleOrderKind>(&d.order,
+                                        {{"shuffled", SampleOrderKind::kShuffled},
+                                         {"sequential", SampleOrderKind::kSequential},
+                                         {"rwkv_lm", SampleOrderKind::kRwkvLm}}),
+               "of sequences: shuffled, sequential or rwkv_lm"},
+          }};
+}
+
+ConfigSection train_section(TrainConfig& t) {
+  return {"train",
+          {
+              {"run_dir", &t.run_dir, "folder of checkpoints and metrics; required", kMayDiffer},
+              {"device", &t.device, "cpu", kMayDiffer},
+              {"dtype",
+               by_name<TrainDtype>(&t.dtype,
+                                   {{"fp32", TrainDtype::kFp32}, {"bf16", TrainDtype::kBf16}}),
+               "of forward and backward: fp32 or bf16; master weights are fp32"},
+              {"seed", &t.seed, "of initial weights and order; 0 or more"},
+              {"batch_size", &t.batch_size, "sequences a step; or", kMustMatch, kBatchChoice},
+              {"batch_tokens",
+               &t.batch_tokens,
+               "tokens a step, a multiple of ctx_len",
+               kMustMatch,
+               kBatchChoice},
+              {"micro_batch_size",
+               &t.micro_batch_size,
+               "sequences in memory at once, a divisor of the batch; absent: all",
+               kMayDiffer},
+              {"total_tokens", &t.total_tokens, "length of the run; or", kMustMatch, kLengthChoice},
+              {"total_steps", &t.total_steps, "length of the run; or", kMustMatch, kLengthChoice},
+              {"total_epochs",
+               &t.total_epochs,
+               "length of the run in passes over the corpus, above 0",
+               kMustMatch,
+               kLengthChoice},
+              {"validate_every_steps",
+               &t.validate_every_steps,
+               "1 or more; absent: only at the end",
+               kMayDiffer},
+              {"validation_tokens",
+               &t.validation_tokens,
+               "tokens of a validation, ctx_len or more; absent: all",
+               kMayDiffer},
+              {"save_every_steps",
+               &t.save_every_steps,
+               "1 or more; absent: only at the end",
+               kMayDiffer},
+              {"keep_checkpoints", &t.keep_checkpoints, "newest ones kept; 1 or more", kMayDiffer},
+              {"log_every_steps", &t.log_every_steps, "1 or more", kMayDiffer},
+              {"threads",
+               &t.threads,
+               "1 or more; absent: all cores; equal bits need an equal number",
+               kMayDiffer},
+              {"l2wrap", &t.l2wrap, "penalty that keeps logits near 0; 0 or more, 0 is off"},
+          }};
+}
+
+ConfigSection optimizer_section(OptimizerConfig& o) {
+  return {"optimizer",
+          {
+              {"beta1", &o.beta1, "AdamW: decay of the first moment, 0 to below 1"},
+              {"beta2", &o.beta2, "AdamW: decay of the second moment, 0 to below 1"},
+              {"eps", &o.eps, "AdamW: added to the root of the second moment, above 0"},
+              {"weight_decay", &o.weight_decay, "on matrices; 0 or more"},
+              {"clip_norm", &o.clip_norm, "greatest norm of the gradient; 0 or more, 0 is off"},
+              {"layerwise_lr", &o.layerwise_lr, "RWKV's multiples of the rate by parameter class"},
+          }};
+}
+
+ConfigSection schedule_section(LrSchedule& s) {
+  return {"schedule",
+          {
+              {"kind",
+               by_name<ScheduleKind>(&s.kind,
+                                     {{"exponential", ScheduleKind::kExponential},
+                                      {"linear", ScheduleKind::kLinear},
+                                      {"cosine", ScheduleKind::kCosine},
+                                      {"constant", ScheduleKind::kConstant},
+                                      {"warmup_stable_decay", ScheduleKind::kWarmupStableDecay}}),
+               "exponential, linear, cosine, constant or warmup_stable_decay"},
+              {"lr_init", &s.lr_init, "learning rate after warm-up; 0 or more"},
+              {"lr_final", &s.lr_final, "learning rate at the end; not used by constant"},
+              {"warmup_tokens", &s.warmup_tokens, "tokens of rising rate; 0 or more"},
+              {"decay_tokens", &s.decay_tokens, "tokens of warmup_stable_decay's last decay"},
+              {"warmup_start", &s.warmup_start, "fraction of lr_init at the first step, 0 to 1"},
+          }};
+}
+
+// The table of all keys, over the fields of `config`.
+std::vector<ConfigSection> sections_of(RunConfig& config) {
+  return {model_section(config.model),
+          data_section(config.data),
+          train_section(config.train),
+          optimizer_section(config.optimizer),
+          schedule_section(config.schedule)};
+}
+
+void require_given(std::string_view key, const std::string& value, const char* example) {
+  if (value.empty()) {
+    throw std::invalid_argument(std::string(key) + " is not given; set it to " + example);
+  }
+}
+
+// Checks that one of several ways to say the same is given; `ways` are keys and whether each is.
+void require_one(const std::vector<std::pair<std::string, bool>>& ways) {
+  std::string keys;
+  std::string first_given;
+  int64_t num_given = 0;
+  for (const auto& [key, given] : ways) {
+    keys += (keys.empty() ? "" : ", ") + key;
+    num_given += given ? 1 : 0;
+    first_given = given && first_given.empty() ? key : first_given;
+  }
+  if (num_given == 0) {
+    throw std::invalid_argument(ways.front().first + " is not given; give one of " + keys);
+  }
+  if (num_given > 1) {
+    throw std::invalid_argument(first_given + " is not given alone; give only one of " + keys);
+  }
+}
+
+void validate_data(const DataConfig& data) {
+  require_given("data.train", data.train, "the prefix of a .bin and .idx pair");
+  for (const auto& [key, value] : {std::pair("data.validation", data.validation),
+                                   std::pair("data.tokenizer", data.tokenizer)}) {
+    if (value && value->empty()) {
+      reject_value(key, "\"\"", "is empty; name it, or leave the key out");
+    }
+  }
+}
+
+void validate_train(const TrainConfig& t) {
+  require_given("train.run_dir", t.run_dir, "a folder for checkpoints and metrics");
+  if (t.device != "cpu") {
+    reject_value("train.device",
+                 to_config_text(std::string_view(t.device)),
+                 "this program trains on \"cpu\" only; use that, or leave the key out");
+  }
+  require_at_least(0, "train.seed", t.seed);
+  require_one({{"train.batch_size", t.batch_size.has_value()},
+               {"train.batch_tokens", t.batch_tokens.has_value()}});
+  require_at_least(1, "train.batch_size", t.batch_size);
+  require_at_least(1, "train.batch_tokens", t.batch_tokens);
+  require_at_least(1, "train.micro_batch_size", t.micro_batch_size);
+  require_one({{"train.total_tokens", t.total_tokens.has_value()},
+               {"train.total_steps", t.total_steps.has_value()},
+               {"train.total_epochs", t.total_epochs.has_value()}});
+  require_at_least(1, "train.total_tokens", t.total_tokens);
+  require_at_least(1, "train.total_steps", t.total_steps);
+  if (t.total_epochs) {
+    // More epochs than that would not fit the arithmetic, nor a life.
+    require_in_range(1e-9, 1e6, "train.total_epochs", *t.total_epochs);
+  }
+  require_at_least(1, "train.validate_every_steps", t.validate_every_steps);
+  require_at_least(1, "train.validation_tokens", t.validation_tokens);
+  require_at_least(1, "train.save_every_steps", t.save_every_steps);
+  require_at_least(1, "train.keep_checkpoints", t.keep_checkpoints);
+  require_at_least(1, "train.log_every_steps", t.log_every_steps);
+  require_at_least(1, "train.threads", t.threads);
+  require_in_range(0, std::numeric_limits<double>::infinity(), "train.l2wrap", t.l2wrap);
+}
+
+void validate_optimizer(const OptimizerConfig& o) {
+  constexpr double kInfinity = std::numeric_limits<double>::infinity();
+  const double below_one = std::nextafter(1.0, 0.0);
+  for (const auto& [key, beta] :
+       {std::pair("optimizer.beta1", o.beta1), std::pair("optimizer.beta2", o.beta2)}) {
+    if (!(beta >= 0 && beta <= below_one)) {
+      reject_value(key, to_config_text(beta), "must lie from 0.0 to below 1.0");
+    }
+  }
+  if (!(o.eps > 0 && std::isfinite(o.eps))) {
+    reject_value("optimizer.eps", to_config_text(o.eps), "must be a finite number above 0");
+  }
+  require_in_range(0, kInfinity, "optimizer.weight_decay", o.weight_decay);
+  require_in_range(0, kInfinity, "optimizer.clip_norm", o.clip_norm);
+}
+
+// Two sections at a time: what each accepts alone, but not together.
+void validate_together(const RunConfig& config) {
+  const TrainConfig& t = config.train;
+  const int64_t ctx_len = config.model.ctx_len;
+  const std::string ctx_len_text = "model.ctx_len = " + to_config_text(ctx_len);
+  if (t.batch_tokens && *t.batch_tokens % ctx_len != 0) {
+    const int64_t below = std::max(*t.batch_tokens / ctx_len, int64_t{1}) * ctx_len;
+    reject_value("train.batch_tokens",
+                 to_config_text(*t.batch_tokens),
+                 "is not a multiple of " + ctx_len_text + "; use " + to_config_text(below));
+  }
+  int64_t tokens = 0;
+  if (__builtin_mul_overflow(config.batch_sequences(), ctx_len, &tokens)) {
+    reject_value("train.batch_size",
+                 to_config_text(*t.batch_size),
+                 "times " + ctx_len_text + " does not fit in 64 bits; use fewer");
+  }
+  if (t.micro_batch_size && config.batch_sequences() % *t.micro_batch_size != 0) {
+    reject_value("train.micro_batch_size",
+                 to_config_text(*t.micro_batch_size),
+                 "does not divide the batch of " + to_config_text(config.batch_sequences()) +
+                     " sequences; use a divisor of it");
+  }
+  int64_t total = 0;
+  if (t.total_steps && __builtin_mul_overflow(*t.total_steps, tokens, &total)) {
+    reject_value("train.total_steps",
+                 to_config_text(*t.total_steps),
+                 "times the tokens of a step does not fit in 64 bits; use fewer");
+  }
+  if (t.total_tokens && *t.total_tokens > std::numeric_limits<int64_t>::max() - tokens) {
+    reject_value("train.total_tokens",
+                 to_config_text(*t.total_tokens),
+                 "rounded up to whole steps does not fit in 64 bits; use fewer");
+  }
+  if (!config.data.validation) {
+    for (const auto& [key, value] :
+         {std::pair("train.validate_every_steps", t.validate_every_steps),
+          std::pair("train.validation_tokens", t.validation_tokens)}) {
+      if (value) {
+        reject_value(key,
+                     to_config_text(*value),
+                     "there is no data.validation to validate on; give one, or leave the key out");
+      }
+    }
+  }
+  if (t.validation_tokens && *t.validation_tokens < ctx_len) {
+    reject_value("train.validation_tokens",
+                 to_config_text(*t.validation_tokens),
+                 "is less than one sequence of " + ctx_len_text + "; use that or more");
+  }
+  if (!t.total_epochs) {
+    config.schedule.validate_for(config.total_tokens(0));
+  }
+}
+
+// Rounds up; overflow-free for n >= 1.
+int64_t ceil_div(int64_t n, int64_t d) {
+  return (n - 1) / d + 1;
+}
+
+template <typename Read>
+RunConfig read_and_validate(const Read& read) {
+  RunConfig config;
+  ConfigReader reader(sections_of(config));
+  read(reader);
+  try {
+    config.validate();
+  } catch (const std::invalid_argument& error) {
+    throw std::invalid_argument(reader.with_place(error.what()));
+  }
+  return config;
+}
+
+// Whether the learning rates of the tokens already seen are those of a run of the other length.
+bool same_past(const RunConfig& now, const RunConfig& saved, const ResumePoint& resume) {
+  const int64_t total_now = now.total_tokens(resume.samples_per_epoch);
+  const int64_t total_saved = saved.total_tokens(resume.samples_per_epoch);
+  const auto rate = [&](int64_t total) { return saved.schedule.lr(resume.tokens_seen, total); };
+  // In a schedule that depends on the length, two lengths that agree on the last rate agree on all
+  // before it, unless that rate is past the end of one of them.
+  return total_now == total_saved ||
+         (total_now >= resume.tokens_seen && rate(total_now) == rate(total_saved));
+}
+
+}  // namespace
+
+void RunConfig::validate() const {
+  ModelConfig resolved = model;
+  if (resolved.vocab_size == 0) {
+    resolved.vocab_size = 1;
+  }
+  resolved.validate();
+  validate_data(data);
+  validate_train(train);
+  validate_optimizer(optimizer);
+  schedule.validate();
+  validate_together(*this);
+}
+
+int64_t RunConfig::batch_sequences() const {
+  return train.batch_size ? *train.batch_size : *train.batch_tokens / model.ctx_len;
+}
+
+int64_t RunConfig::micro_batch_sequences() const {
+  return train.micro_batch_size.value_or(batch_sequences());
+}
+
+int64_t RunConfig::tokens_per_step() const {
+  return batch_sequences() * model.ctx_len;
+}
+
+int64_t RunConfig::total_steps(int64_t samples_per_epoch) const {
+  if (train.total_steps) {
+    return *train.total_steps;
+  }
+  if (train.total_tokens) {
+    return ceil_div(*train.total_tokens, tokens_per_step());
+  }
+  // Whole samples first: 1.1 * 10 is a hair above 11, which must not become a step of its own.
+  const int64_t samples =
+      std::llround(*train.total_epochs * static_cast<double>(samples_per_epoch));
+  return ceil_div(std::max(samples, int64_t{1}), batch_sequences());
+}
+
+int64_t RunConfig::total_tokens(int64_t samples_per_epoch) const {
+  return total_steps(samples_per_epoch) * tokens_per_step();
+}
+
+RunConfig load_run_config(const std::optional<std::string>& path,
+                          std::span<const std::string> options) {
+  return read_and_validate([&](ConfigReader& reader) {
+    if (path) {
+      reader.read(read_text_file(*path), *path);
+    }
+    for (const std::string& option : options) {
+      reader.apply_option(option);
+    }
+  });
+}
+
+RunConfig parse_run_config(std::string_view text, const std::string& name) {
+  return read_and_validate([&](ConfigReader& reader) { reader.read(text, name); });
+}
+
+std::string to_toml(const RunConfig& config) {
+  RunConfig copy = config;
+  return to_toml(sections_of(copy));
+}
+
+void check_matches_checkpoint(const RunConfig& now,
+                              const RunConfig& saved,
+                              const ResumePoint& resume) {
+  RunConfig now_copy = now;
+  RunConfig saved_copy = saved;
+  const auto now_sections = sections_of(now_copy);
+  const auto saved_sections = sections_of(saved_copy);
+  const bool same_batch = now.batch_sequences() == saved.batch_sequences();
+  // The lengths of runs of other batches or sequences cannot be compared; those are listed anyway.
+  const bool same_length =
+      !same_batch || now.model.ctx_len != saved.model.ctx_len || same_past(now, saved, resume);
+  std::string differing;
+  for (size_t s = 0; s < now_sections.size(); ++s) {
+    for (size_t f = 0; f < now_sections[s].fields.size(); ++f) {
+      const ConfigField& field = now_sections[s].fields[f];
+      const auto value = to_toml_value(field.target);
+      const auto saved_value = to_toml_value(saved_sections[s].fields[f].target);
+      if (field.on_resume == OnResume::kMayDiffer || value == saved_value ||
+          (field.choice == kBatchChoice && same_batch) ||
+          (field.choice == kLengthChoice && same_length)) {
+        continue;
+      }
+      differing += "\n  " + now_sections[s].name + "." + field.key + ": " +
+                   saved_value.value_or("not given") + " in the checkpoint, now " +
+                   value.value_or("not given");
+    }
+  }
+  if (!differing.empty()) {
+    throw std::invalid_argument(
+        resume.checkpoint + ": cannot go on with another configuration than the run began with:" +
+        differing + "\nSet them back to go on, or start a new run in another train.run_dir");
+  }
+}
+
+}  // namespace rwkv

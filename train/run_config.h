@@ -1,0 +1,122 @@
+// A training run as a whole: what is trained, on what, for how long, and how. Read from a TOML file
+// (see configs/) and "--set section.key=value" options, printed at the start of the run and kept in
+// its checkpoints.
+#pragma once
+
+#include <cstdint>
+#include <optional>
+#include <span>
+#include <string>
+#include <string_view>
+
+#include "data/sample_order.h"
+#include "model/model_config.h"
+#include "train/lr_schedule.h"
+
+namespace rwkv {
+
+struct DataConfig {
+  // Prefixes of binidx corpora, see data/binidx.h. `train` is required.
+  std::string train;
+  std::optional<std::string> validation = {};
+  // A tokenizer spec (see data/tokenizer_registry.h) that the corpus' record must agree with.
+  std::optional<std::string> tokenizer = {};
+  SampleOrderKind order = SampleOrderKind::kShuffled;
+  bool operator==(const DataConfig&) const = default;
+};
+
+// Of the forward and backward pass; master weights and optimizer moments are fp32 in both.
+enum class TrainDtype { kFp32, kBf16 };
+
+struct TrainConfig {
+  std::string run_dir;         // required; checkpoints, configuration and metrics go there
+  std::string device = "cpu";  // "cpu"
+  TrainDtype dtype = TrainDtype::kFp32;
+  int64_t seed = 1;  // of initial weights and sample order; 0 or more
+  // Sequences a step, or tokens a step (a multiple of model.ctx_len): exactly one is given.
+  std::optional<int64_t> batch_size = {};
+  std::optional<int64_t> batch_tokens = {};
+  // Sequences in memory at once; divides the batch. Absent: the whole batch.
+  std::optional<int64_t> micro_batch_size = {};
+  // The length of the run: exactly one is given. Rounded up to whole steps.
+  std::optional<int64_t> total_tokens = {};
+  std::optional<int64_t> total_steps = {};
+  std::optional<double> total_epochs = {};
+  std::optional<int64_t> validate_every_steps = {};  // absent: only at the end
+  std::optional<int64_t> validation_tokens = {};     // absent: the whole validation corpus
+  std::optional<int64_t> save_every_steps = {};      // absent: only at the end
+  int64_t keep_checkpoints = 2;                      // newest ones kept; 1 or more
+  int64_t log_every_steps = 10;                      // 1 or more
+  std::optional<int64_t> threads = {};               // absent: all cores
+  double l2wrap = 1e-4;                              // logit penalty, 0 or more; 0 is off
+  bool operator==(const TrainConfig&) const = default;
+};
+
+// AdamW and what is done to gradients before it.
+struct OptimizerConfig {
+  double beta1 = 0.9;        // 0 to below 1
+  double beta2 = 0.99;       // 0 to below 1
+  double eps = 1e-8;         // above 0
+  double weight_decay = 0;   // 0 or more; on tensors with two or more dimensions above 1
+  double clip_norm = 1.0;    // greatest global norm of the gradient, 0 or more; 0 is off
+  bool layerwise_lr = true;  // RWKV's multiples of the rate for some classes of parameters
+  bool operator==(const OptimizerConfig&) const = default;
+};
+
+struct RunConfig {
+  // Here model.vocab_size, too, may be 0: the trainer takes it from the corpus' tokenizer record.
+  ModelConfig model;
+  DataConfig data;
+  TrainConfig train;
+  OptimizerConfig optimizer;
+  LrSchedule schedule;
+
+  // Throws std::invalid_argument starting with the key for a value out of range, a required one not
+  // given, or values of two sections that do not go together. The lengths of warm-up and decay are
+  // checked only if the run is not given in epochs; the trainer calls schedule.validate_for() then.
+  void validate() const;
+
+  // The rest asks for a configuration that validate() accepts.
+  int64_t batch_sequences() const;        // sequences a step
+  int64_t micro_batch_sequences() const;  // of them at once; divides batch_sequences()
+  int64_t tokens_per_step() const;
+  // `samples_per_epoch` is SampleOrder's; only total_epochs needs it.
+  int64_t total_steps(int64_t samples_per_epoch) const;
+  // Tokens of those steps, so that the schedule ends with the last of them.
+  int64_t total_tokens(int64_t samples_per_epoch) const;
+
+  bool operator==(const RunConfig&) const = default;
+};
+
+// The file at `path`, if one is given, then the options in order (each "section.key=value"), then
+// validate(). An option that sets one of several ways to say the same (batch_size, batch_tokens;
+// total_tokens, total_steps, total_epochs) replaces the file's. Throws std::runtime_error if the
+// file cannot be read; std::invalid_argument with "path:line: " or "--set ...: " before every error
+// in what it says.
+RunConfig load_run_config(const std::optional<std::string>& path,
+                          std::span<const std::string> options);
+// The same of a text, as it is kept in a checkpoint; `name` is what errors call it.
+RunConfig parse_run_config(std::string_view text, const std::string& name);
+
+// Every key with its comment; parse_run_config of it gives an equal RunConfig.
+std::string to_toml(const RunConfig& config);
+
+// Where a run is about to go on.
+struct ResumePoint {
+  std::string checkpoint;  // its path, for the error text
+  int64_t tokens_seen = 0;
+  int64_t samples_per_epoch = 0;
+};
+
+// Throws std::invalid_argument, with every differing key and both its values, unless `now` goes on
+// with the run that `saved` began; both with the trainer's resolved values (vocab_size, dim_ffn).
+// What decides over the weights must be equal. What only decides over speed, logging, validation
+// and saving may differ: run_dir, device, threads and micro_batch_size (whose change can change the
+// last bits), the *_every_steps and keep_checkpoints, data.validation and data.tokenizer. So may
+// the length of the run, as long as the learning rate up to the resume point stays what it was:
+// with a constant rate, with warmup_stable_decay before its decay, with any kind during warm-up.
+void check_matches_checkpoint(const RunConfig& now,
+                              const RunConfig& saved,
+                              const ResumePoint& resume);
+
+}  // namespace rwkv
