@@ -1,0 +1,57 @@
+// Checkpoints of a run: a folder each, complete or absent.
+//
+//   RUN/checkpoints/step_00000200/
+//     model.safetensors      master weights, fp32, RWKV-LM's names; metadata "rookery.config" holds
+//                            the resolved configuration
+//     optimizer.safetensors  AdamW's moments as m.<name> and v.<name>, fp32
+//     trainer.json           step, tokens and samples seen: data position and schedule follow
+//     config.toml            the resolved configuration
+// A checkpoint is written under a name that starts with "partial_", made durable, and renamed.
+// Nothing random is drawn after the initial weights (sample order is a function of the seed and the
+// sample number), so there is no generator state to keep beside the seed in the configuration.
+#pragma once
+
+#include <cstdint>
+#include <optional>
+#include <string>
+
+#include "train/optimizer.h"
+#include "train/run_config.h"
+
+namespace rwkv {
+
+struct TrainerState {
+  int64_t step = 0;     // updates done
+  int64_t samples = 0;  // samples consumed: the next one has this number
+  int64_t tokens = 0;   // tokens trained on
+};
+
+// Writes the checkpoint of `state.step`, then deletes the oldest beyond `keep` >= 1 and whatever an
+// interrupted save left. Returns its path. Throws std::runtime_error naming the file and the reason;
+// nothing of the failed checkpoint is left, and no older one is deleted.
+std::string save_checkpoint(const std::string& run_dir,
+                            const RunConfig& config,
+                            const Optimizer& optimizer,
+                            const TrainerState& state,
+                            int64_t keep);
+
+// Path of the checkpoint with the largest step in a run, if there is one.
+std::optional<std::string> newest_checkpoint(const std::string& run_dir);
+
+struct SavedRun {
+  RunConfig config;
+  TrainerState state;
+};
+// What a checkpoint says of its run. Throws std::runtime_error naming the file.
+SavedRun read_saved_run(const std::string& checkpoint);
+// Fills the optimizer from a checkpoint. Throws std::runtime_error naming file and tensor.
+void load_optimizer(const std::string& checkpoint, const TrainerState& state, Optimizer& optimizer);
+
+// The weights that a path given by a user means: a run's newest checkpoint, or the path itself (a
+// checkpoint folder or a weight file). Throws std::runtime_error if a run holds no checkpoint.
+std::string find_model(const std::string& path);
+
+// The configuration kept in a model file's metadata, if it was made by us.
+std::optional<RunConfig> config_in(const WeightFile& file);
+
+}  // namespace rwkv

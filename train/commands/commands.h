@@ -1,0 +1,32 @@
+// The commands of the program. Each declares its options, builds what it needs and runs; results go
+// to stdout, the log to stderr. They return an exit code or throw (train/run_main.h).
+//   argv[0] is the command's name as shown in its help, "rookery train".
+#pragma once
+
+#include <cxxopts.hpp>
+#include <string>
+
+namespace rwkv {
+
+int tokenizer_command(int argc, char** argv);
+int tokenize_command(int argc, char** argv);
+int train_command(int argc, char** argv);
+int eval_command(int argc, char** argv);
+int generate_command(int argc, char** argv);
+int logits_command(int argc, char** argv);
+int convert_command(int argc, char** argv);
+
+// Parses; prints the help with its example and returns nothing if --help was given. Throws
+// cxxopts' exceptions for unknown options, and std::invalid_argument naming a required one that is
+// not there.
+std::optional<cxxopts::ParseResult> parse_options(cxxopts::Options& options,
+                                                  int argc,
+                                                  char** argv,
+                                                  const std::string& example,
+                                                  const std::vector<std::string>& required);
+
+// The value of a --dtype option: "fp32" or "bf16". Throws std::invalid_argument for another.
+enum class ComputeDtype { kFp32, kBf16 };
+ComputeDtype parse_dtype(const std::string& name);
+
+}  // namespace rwkv

@@ -1,0 +1,103 @@
+#include <algorithm>
+#include <filesystem>
+#include <iostream>
+#include <stdexcept>
+#include <vector>
+
+#include "model/formats/format_registry.h"
+#include "train/checkpoint.h"
+#include "train/commands/commands.h"
+
+namespace rwkv {
+namespace {
+
+constexpr const char* kExample = "rookery convert runs/mine mine.pth --dtype bf16";
+
+bool is_float(WeightDtype dtype) {
+  return dtype == WeightDtype::kF32 || dtype == WeightDtype::kF16 || dtype == WeightDtype::kBf16 ||
+         dtype == WeightDtype::kF64;
+}
+
+WeightDtype parse_target(const std::string& name) {
+  if (name == "fp32") {
+    return WeightDtype::kF32;
+  }
+  if (name == "fp16") {
+    return WeightDtype::kF16;
+  }
+  if (name == "bf16") {
+    return WeightDtype::kBf16;
+  }
+  throw std::invalid_argument("--dtype " + name + ": expected fp32, bf16 or fp16");
+}
+
+// What was written must read back the same.
+void compare(const std::string& path, std::span<const TensorToWrite> expected) {
+  const WeightFile written = read_weights(path);
+  if (written.tensors.size() != expected.size()) {
+    throw std::runtime_error(path + ": holds " + std::to_string(written.tensors.size()) +
+                             " tensors after writing " + std::to_string(expected.size()));
+  }
+  std::vector<std::byte> bytes;
+  for (const TensorToWrite& tensor : expected) {
+    const StoredTensor* stored = written.find(tensor.name);
+    bytes.clear();
+    if (stored != nullptr) {
+      stored->copy_to(bytes);
+    }
+    if (stored == nullptr || stored->dtype != tensor.dtype || stored->shape != tensor.shape ||
+        !std::ranges::equal(bytes, tensor.data)) {
+      throw std::runtime_error(path + ": " + tensor.name +
+                               " does not read back as it was written; is the disk at fault?");
+    }
+  }
+}
+
+}  // namespace
+
+int convert_command(int argc, char** argv) {
+  cxxopts::Options options("rookery convert",
+                           "Writes the weights of FROM (a run, a checkpoint folder, a .pth or "
+                           ".safetensors file)\nto TO (.pth or .safetensors), reads them back and "
+                           "compares.\n");
+  options.add_options()
+      ("from", "what to read", cxxopts::value<std::string>())
+      ("to", "what to write", cxxopts::value<std::string>())
+      ("dtype", "fp32, bf16 or fp16; default: as they are", cxxopts::value<std::string>());
+  options.parse_positional({"from", "to"});
+  options.positional_help("FROM TO");
+  const auto parsed = parse_options(options, argc, argv, kExample, {"from", "to"});
+  if (!parsed) {
+    return 0;
+  }
+  const std::string to = (*parsed)["to"].as<std::string>();
+  check_weights_path(to);
+  const bool change = parsed->count("dtype") > 0;
+  const WeightDtype target =
+      change ? parse_target((*parsed)["dtype"].as<std::string>()) : WeightDtype::kF32;
+  const WeightFile file = read_weights(find_model((*parsed)["from"].as<std::string>()));
+  if (std::filesystem::exists(to) && std::filesystem::equivalent(file.path, to)) {
+    throw std::invalid_argument(to + ": is the file to read; give another name to write");
+  }
+
+  std::vector<std::vector<std::byte>> contents(file.tensors.size());
+  std::vector<TensorToWrite> tensors;
+  for (size_t i = 0; i < file.tensors.size(); ++i) {
+    const StoredTensor& tensor = file.tensors[i];
+    tensor.copy_to(contents[i]);
+    WeightDtype dtype = tensor.dtype;
+    if (change && is_float(dtype) && dtype != target) {
+      contents[i] = convert_elements(contents[i], dtype, target);
+      dtype = target;
+    }
+    tensors.push_back(
+        {.name = tensor.name, .dtype = dtype, .shape = tensor.shape, .data = contents[i]});
+  }
+  write_weights(to, tensors, file.metadata);
+  compare(to, tensors);
+  std::cout << to << ": " << tensors.size() << " tensors, "
+            << std::filesystem::file_size(to) << " bytes\n";
+  return 0;
+}
+
+}  // namespace rwkv

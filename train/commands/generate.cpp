@@ -1,0 +1,102 @@
+#include "model/generate.h"
+
+#include <ATen/ATen.h>
+#include <ATen/CPUGeneratorImpl.h>
+
+#include <iostream>
+
+#include "data/tokenizer_registry.h"
+#include "model/formats/format_registry.h"
+#include "model/weights.h"
+#include "train/checkpoint.h"
+#include "train/commands/commands.h"
+
+namespace rwkv {
+namespace {
+
+constexpr const char* kExample =
+    "rookery generate --model runs/mine --prompt \"In the beginning\" --length 100";
+
+// The tokenizer named, or the one the model's run was configured with.
+std::string tokenizer_spec(const cxxopts::ParseResult& parsed, const std::string& model_path) {
+  if (parsed.count("tokenizer") > 0) {
+    return parsed["tokenizer"].as<std::string>();
+  }
+  const auto config = config_in(read_weights(model_path));
+  if (!config || !config->data.tokenizer) {
+    throw std::invalid_argument(model_path + " does not say which tokenizer it was trained with; "
+                                "give --tokenizer, one of\n" + describe_tokenizer_specs());
+  }
+  return *config->data.tokenizer;
+}
+
+void check_vocabulary(const Tokenizer& tokenizer, const ModelConfig& config) {
+  if (tokenizer.vocab_size() > config.vocab_size) {
+    throw std::invalid_argument("the tokenizer has " + std::to_string(tokenizer.vocab_size()) +
+                                " ids but the model's vocabulary is " +
+                                std::to_string(config.vocab_size) +
+                                "; was the model trained with another tokenizer?");
+  }
+}
+
+}  // namespace
+
+int generate_command(int argc, char** argv) {
+  cxxopts::Options options("rookery generate",
+                           "Continues a prompt in RNN mode: constant time and memory a token.\n");
+  options.add_options()
+      ("model", "a run, a checkpoint folder, a .pth or .safetensors file", cxxopts::value<std::string>())
+      ("tokenizer", "default: the one the model was trained with", cxxopts::value<std::string>())
+      ("prompt", "text to continue; none starts a document", cxxopts::value<std::string>()->default_value(""))
+      ("length", "tokens to generate", cxxopts::value<int64_t>()->default_value("100"))
+      ("temperature", "0 takes the most likely token", cxxopts::value<double>()->default_value("1.0"))
+      ("top-p", "sample from the likeliest tokens with this probability in all", cxxopts::value<double>()->default_value("0.9"))
+      ("top-k", "and from this many at most; 0: all", cxxopts::value<int64_t>()->default_value("0"))
+      ("seed", "the same seed gives the same text", cxxopts::value<uint64_t>()->default_value("1"))
+      ("dtype", "fp32 or bf16", cxxopts::value<std::string>()->default_value("fp32"));
+  const auto parsed = parse_options(options, argc, argv, kExample, {"model"});
+  if (!parsed) {
+    return 0;
+  }
+  const SamplingOptions sampling{.temperature = (*parsed)["temperature"].as<double>(),
+                                 .top_p = (*parsed)["top-p"].as<double>(),
+                                 .top_k = (*parsed)["top-k"].as<int64_t>()};
+  sampling.validate();
+  const ComputeDtype dtype = parse_dtype((*parsed)["dtype"].as<std::string>());
+  const std::string path = find_model((*parsed)["model"].as<std::string>());
+  const auto tokenizer = open_tokenizer(tokenizer_spec(*parsed, path));
+  const at::NoGradGuard no_grad;
+  RwkvModel model = open_model(path, dtype == ComputeDtype::kBf16 ? at::kBFloat16 : at::kFloat);
+  check_vocabulary(*tokenizer, model->config());
+
+  const std::string prompt = (*parsed)["prompt"].as<std::string>();
+  const auto end = tokenizer->end_of_document();
+  // A text begins where another ended; what was trained on has that token in front of each document.
+  std::vector<int32_t> ids;
+  if (end) {
+    ids.push_back(*end);
+  }
+  tokenizer->encode_part(prompt, Tokenizer::TextEnd::kFinal, ids);
+  if (ids.empty()) {
+    throw std::invalid_argument("--prompt is empty, and this tokenizer has no token that starts a "
+                                "document; give some text");
+  }
+  at::Generator generator =
+      at::make_generator<at::CPUGeneratorImpl>((*parsed)["seed"].as<uint64_t>());
+  const at::Tensor prompt_1T = at::tensor(ids, at::kInt).to(at::kLong).unsqueeze(0);
+  auto output = model->forward_last(prompt_1T, model->initial_state(1));
+  std::cout << prompt << std::flush;
+  for (int64_t i = 0; i < (*parsed)["length"].as<int64_t>(); ++i) {
+    const int64_t token = sample_token(output.logits_BV[0], sampling, generator);
+    if ((end && token == *end) || token >= tokenizer->vocab_size()) {
+      break;
+    }
+    const auto id = static_cast<int32_t>(token);
+    std::cout << tokenizer->decode(std::span(&id, 1)) << std::flush;
+    output = model->forward_last(at::full({1, 1}, token, at::kLong), output.state);
+  }
+  std::cout << '\n';
+  return 0;
+}
+
+}  // namespace rwkv

@@ -1,0 +1,37 @@
+#include <iostream>
+
+#include "train/commands/commands.h"
+#include "train/trainer.h"
+
+namespace rwkv {
+namespace {
+
+constexpr const char* kExample =
+    "rookery train --config configs/smoke_rwkv4.toml --set train.total_steps=100";
+
+}  // namespace
+
+int train_command(int argc, char** argv) {
+  cxxopts::Options options("rookery train",
+                           "Trains a model. Started again in its train.run_dir, a run goes on from "
+                           "its newest checkpoint.\n");
+  options.add_options()
+      ("config", "the run's TOML file", cxxopts::value<std::string>())
+      ("set", "section.key=value, over what the file says; may be given again", cxxopts::value<std::vector<std::string>>())
+      ("print-config", "print the configuration with all that follows from it, and end");
+  const auto parsed = parse_options(options, argc, argv, kExample, {"config"});
+  if (!parsed) {
+    return 0;
+  }
+  const auto sets = parsed->count("set") > 0 ? (*parsed)["set"].as<std::vector<std::string>>()
+                                             : std::vector<std::string>{};
+  const RunConfig config = load_run_config((*parsed)["config"].as<std::string>(), sets);
+  if (parsed->count("print-config") > 0) {
+    std::cout << to_toml(resolve_run_config(config));
+    return 0;
+  }
+  Trainer(config).run();
+  return 0;
+}
+
+}  // namespace rwkv

@@ -1,0 +1,51 @@
+#include "train/run_main.h"
+
+#include <c10/util/Exception.h>
+#include <spdlog/sinks/stdout_color_sinks.h>
+#include <spdlog/spdlog.h>
+
+#include <cxxopts.hpp>
+#include <iostream>
+#include <new>
+#include <stdexcept>
+#include <string_view>
+
+namespace rwkv {
+namespace {
+
+constexpr const char* kMemoryHint =
+    "out of memory; a smaller train.micro_batch_size or model.ctx_len needs less";
+
+int report(int code, std::string_view text) {
+  std::cerr << "rookery: " << text << '\n';
+  return code;
+}
+
+}  // namespace
+
+int run_main(const std::function<int()>& command) {
+  spdlog::set_default_logger(spdlog::stderr_color_mt("rookery"));
+  spdlog::set_pattern("%H:%M:%S %v");
+  try {
+    return command();
+  } catch (const cxxopts::exceptions::exception& error) {
+    return report(kExitUsage, std::string(error.what()) + "; --help lists the options");
+  } catch (const std::invalid_argument& error) {
+    return report(kExitUsage, error.what());
+  } catch (const std::bad_alloc&) {
+    return report(kExitFailed, kMemoryHint);
+  } catch (const c10::OutOfMemoryError& error) {
+    return report(kExitFailed, std::string(kMemoryHint) + ": " + error.what_without_backtrace());
+  } catch (const c10::Error& error) {
+    const std::string text = error.what_without_backtrace();
+    // The CPU allocator reports exhaustion as a plain error.
+    if (text.find("DefaultCPUAllocator") != std::string::npos) {
+      return report(kExitFailed, std::string(kMemoryHint) + ": " + text);
+    }
+    return report(kExitBug, "a bug in rookery: " + text);
+  } catch (const std::exception& error) {
+    return report(kExitFailed, error.what());
+  }
+}
+
+}  // namespace rwkv

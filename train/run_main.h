@@ -1,0 +1,17 @@
+// What every command shares: the log, and exceptions turned into exit codes.
+#pragma once
+
+#include <functional>
+
+namespace rwkv {
+
+// 0 done, 1 the run failed (a file, the machine), 2 usage or configuration, 70 a bug of ours.
+inline constexpr int kExitFailed = 1;
+inline constexpr int kExitUsage = 2;
+inline constexpr int kExitBug = 70;
+
+// Sends the log to stderr, then runs `command` and returns its exit code; an exception becomes one
+// line on stderr and the code of its kind.
+int run_main(const std::function<int()>& command);
+
+}  // namespace rwkv
