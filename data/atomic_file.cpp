@@ -1,5 +1,6 @@
 #include "data/atomic_file.h"
 
+#include <algorithm>
 #include <cerrno>
 #include <cstdio>
 #include <cstring>
@@ -41,9 +42,14 @@ void AtomicFile::fail(const char* what) {
 
 void AtomicFile::write(std::span<const std::byte> bytes) {
   written_ += bytes.size();
-  buffer_.append(reinterpret_cast<const char*>(bytes.data()), bytes.size());
-  if (buffer_.size() >= kBufferBytes) {
-    flush();
+  // In pieces: the tensors of a checkpoint are gigabytes, and the buffer must not grow with them.
+  while (!bytes.empty()) {
+    const auto piece = bytes.first(std::min(bytes.size(), kBufferBytes));
+    bytes = bytes.subspan(piece.size());
+    buffer_.append(reinterpret_cast<const char*>(piece.data()), piece.size());
+    if (buffer_.size() >= kBufferBytes) {
+      flush();
+    }
   }
 }
 

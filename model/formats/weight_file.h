@@ -35,7 +35,8 @@ struct StoredTensor {
   bool is_contiguous() const;
   // Appends the elements in row-major order to `out`.
   void copy_to(std::vector<std::byte>& out) const;
-  // Copies them to `out`, which must be num_elements() * size_of(dtype) bytes.
+  // Copies them to `out`. Throws std::invalid_argument unless it is num_elements() * size_of(dtype)
+  // bytes.
   void copy_to(std::span<std::byte> out) const;
 };
 
@@ -50,6 +51,15 @@ struct WeightFile {
   // Null if there is none of that name.
   const StoredTensor* find(std::string_view name) const;
 };
+
+// The same numbers in another floating-point type: f64, f32, f16 and bf16 to each other, rounded to
+// nearest with ties to even (f64 to f16 and bf16 by way of f32, as PyTorch does). Too large becomes
+// infinity, NaN stays NaN, subnormals are kept. The same type is copied, whichever it is.
+// Throws std::invalid_argument for a change from or to another type, and for a number of bytes that
+// is not a multiple of the element's.
+std::vector<std::byte> convert_elements(std::span<const std::byte> elements,
+                                        WeightDtype from,
+                                        WeightDtype to);
 
 // A tensor to be written: contiguous, row-major, little-endian.
 struct TensorToWrite {
