@@ -1,0 +1,208 @@
+#include "train/metrics.h"
+
+#include <algorithm>
+#include <array>
+#include <cmath>
+#include <cstdio>
+#include <filesystem>
+#include <stdexcept>
+#include <string_view>
+
+#include <nlohmann/json.hpp>
+
+#include "data/atomic_file.h"
+
+namespace rwkv {
+namespace {
+
+// About the last 50 steps count: enough to see a trend of 1 % in a loss that jumps by 10 %.
+constexpr double kLossDecay = 0.98;
+// Steps over which the speed is measured: short enough to show a change, long enough to be calm.
+constexpr size_t kSpeedWindow = 32;
+
+template <typename... Args>
+std::string printf_text(const char* format, Args... args) {
+  std::array<char, 64> buffer{};
+  std::snprintf(buffer.data(), buffer.size(), format, args...);
+  return buffer.data();
+}
+
+std::string with_thousands(int64_t value) {
+  const std::string digits = std::to_string(value);
+  std::string text;
+  for (size_t i = 0; i < digits.size(); ++i) {
+    if (i > 0 && (digits.size() - i) % 3 == 0) {
+      text += ',';
+    }
+    text += digits[i];
+  }
+  return text;
+}
+
+std::string padded(const std::string& text, size_t width) {
+  return std::string(width - std::min(width, text.size()), ' ') + text;
+}
+
+nlohmann::ordered_json to_json(const StepRecord& record) {
+  nlohmann::ordered_json line = {{"step", record.step},
+                                 {"total_steps", record.total_steps},
+                                 {"tokens", record.tokens},
+                                 {"loss", record.loss},
+                                 {"smoothed_loss", record.smoothed_loss},
+                                 {"lr", record.lr},
+                                 {"grad_norm", record.grad_norm}};
+  const auto add = [&](const char* name, const std::optional<double>& value) {
+    if (value) {
+      line[name] = *value;
+    }
+  };
+  add("tokens_per_s", record.tokens_per_s);
+  add("seconds_left", record.seconds_left);
+  add("validation_loss", record.validation_loss);
+  return line;
+}
+
+// The step of a line, or nothing if it is no line of metrics.
+std::optional<int64_t> step_of(std::string_view line) {
+  const auto json = nlohmann::json::parse(line, nullptr, /*allow_exceptions=*/false);
+  if (!json.is_object() || !json.contains("step") || !json["step"].is_number_integer()) {
+    return std::nullopt;
+  }
+  return json["step"].get<int64_t>();
+}
+
+// The lines of `text` up to `last_step`, each with its end.
+std::string lines_up_to(const std::string& path, std::string_view text, int64_t last_step) {
+  std::string kept;
+  int64_t line_number = 0;
+  while (!text.empty()) {
+    ++line_number;
+    const size_t end = text.find('\n');
+    if (end == text.npos) {
+      break;  // cut while it was written: the step is not known to be complete
+    }
+    const std::string_view line = text.substr(0, end);
+    const auto step = step_of(line);
+    if (!step) {
+      throw std::runtime_error(path + ":" + std::to_string(line_number) + ": \"" +
+                               std::string(line.substr(0, 40)) +
+                               "\" is no line of metrics, expected a JSON object with a \"step\"; "
+                               "repair the line, or move the file away");
+    }
+    if (*step <= last_step) {
+      kept.append(text.substr(0, end + 1));
+    }
+    text.remove_prefix(end + 1);
+  }
+  return kept;
+}
+
+}  // namespace
+
+std::string format_duration(double seconds) {
+  // Beyond that nobody plans, and the conversion to an integer would not be defined.
+  constexpr double kMostSeconds = 1e9;
+  const auto s = std::llround(std::min(seconds, kMostSeconds));
+  if (s < 60) {
+    return printf_text("%llds", s);
+  }
+  if (s < 3600) {
+    return printf_text("%lldm%02llds", s / 60, s % 60);
+  }
+  if (s < 86400) {
+    return printf_text("%lldh%02lldm", s / 3600, s / 60 % 60);
+  }
+  return printf_text("%lldd%02lldh", s / 86400, s / 3600 % 24);
+}
+
+std::string format_count(int64_t count) {
+  if (count < 1000) {
+    return std::to_string(count);
+  }
+  double value = static_cast<double>(count);
+  std::string_view units = "kMGT";
+  value /= 1000;
+  // 999.5 would be printed as 1000.
+  while (value >= 999.5 && units.size() > 1) {
+    value /= 1000;
+    units.remove_prefix(1);
+  }
+  const int decimals = value < 9.995 ? 2 : value < 99.95 ? 1 : 0;
+  return printf_text("%.*f%c", decimals, value, units.front());
+}
+
+std::string format_step_line(const StepRecord& record) {
+  const std::string total = with_thousands(record.total_steps);
+  std::string line = "step " + padded(with_thousands(record.step), total.size()) + "/" + total +
+                     " | " + padded(format_count(record.tokens), 5) + " tokens | loss " +
+                     printf_text("%.4f", record.loss) + " (avg " +
+                     printf_text("%.4f", record.smoothed_loss) + ") | lr " +
+                     printf_text("%.2e", record.lr) + " | grad " +
+                     printf_text("%.2f", record.grad_norm);
+  if (record.tokens_per_s) {
+    line += " | " + with_thousands(std::llround(*record.tokens_per_s)) + " tok/s";
+  }
+  if (record.seconds_left) {
+    line += " | " + format_duration(*record.seconds_left) + " left";
+  }
+  if (record.validation_loss) {
+    line += " | val " + printf_text("%.4f", *record.validation_loss);
+  }
+  return line;
+}
+
+ProgressMeter::ProgressMeter(int64_t total_steps, int64_t tokens, double now_s)
+    : total_steps_(total_steps), marks_{{now_s, tokens}} {}
+
+StepRecord ProgressMeter::finish_step(
+    int64_t step, int64_t tokens, double loss, double lr, double grad_norm, double now_s) {
+  // Divided by the sum of weights, so that the first steps are a mean and not pulled towards 0.
+  weighted_loss_ = kLossDecay * weighted_loss_ + loss;
+  weight_ = kLossDecay * weight_ + 1;
+  marks_.push_back({now_s - excluded_s_, tokens});
+  if (marks_.size() > kSpeedWindow + 1) {
+    marks_.pop_front();
+  }
+  StepRecord record = {.step = step,
+                       .total_steps = total_steps_,
+                       .tokens = tokens,
+                       .loss = loss,
+                       .smoothed_loss = weighted_loss_ / weight_,
+                       .lr = lr,
+                       .grad_norm = grad_norm};
+  const double elapsed_s = marks_.back().time_s - marks_.front().time_s;
+  if (elapsed_s > 0) {
+    const double num_steps = static_cast<double>(marks_.size() - 1);
+    record.tokens_per_s = static_cast<double>(tokens - marks_.front().tokens) / elapsed_s;
+    record.seconds_left = static_cast<double>(total_steps_ - step) * elapsed_s / num_steps;
+  }
+  return record;
+}
+
+MetricsFile::MetricsFile(const std::string& path, int64_t resumed_step) : path_(path) {
+  if (std::filesystem::exists(path)) {
+    const std::string text = read_text_file(path);
+    const std::string kept = lines_up_to(path, text, resumed_step);
+    if (kept != text) {
+      AtomicFile file(path);
+      file.write(kept);
+      file.commit();
+    }
+  }
+  file_.open(path, std::ios::binary | std::ios::app);
+  if (!file_) {
+    throw std::runtime_error(path +
+                             ": cannot be opened for appending; is its folder there, and "
+                             "writable?");
+  }
+}
+
+void MetricsFile::write(const StepRecord& record) {
+  file_ << to_json(record).dump() + "\n" << std::flush;
+  if (!file_) {
+    throw std::runtime_error(path_ + ": writing the line of step " + std::to_string(record.step) +
+                             " failed; is the disk full?");
+  }
+}
+
+}  // namespace rwkv
