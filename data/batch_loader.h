@@ -37,7 +37,8 @@ struct BatchPlan {
 // One consumer. `file` and `order` must outlive the loader.
 class BatchLoader {
  public:
-  // Throws std::invalid_argument if a number of the plan is not positive.
+  // Throws std::invalid_argument if a number of the plan is not positive (first_sample may be 0),
+  // or if plan.ctx_len is not the order's.
   BatchLoader(const BinidxFile& file, const SampleOrder& order, BatchPlan plan);
   ~BatchLoader();
   BatchLoader(const BatchLoader&) = delete;

@@ -32,7 +32,8 @@ class Tokenizer {
   // Throws std::invalid_argument naming the id and the range if an id is not a token.
   virtual void decode(std::span<const int32_t> ids, std::string& text) const = 0;
 
-  // Number of rows a model's embedding needs: 1 + the largest id this tokenizer can name.
+  // Number of rows a model's embedding needs: 1 + the largest id this tokenizer can name (World
+  // rounds that up, as its models do; the ids added are not tokens).
   virtual int64_t vocab_size() const = 0;
   // The id that ends a document: 0 in World, 20B and bytes; </s> in sentencepiece, if it has one.
   virtual std::optional<int32_t> end_of_document() const = 0;

@@ -25,5 +25,7 @@ std::string describe_tokenizer_specs();
 // Path of a data file that set-up installed: share/rookery/<name> beside the folder of the running
 // program. Throws std::runtime_error with both the path and how to get it if it is not there.
 std::string find_installed_file(std::string_view name);
+// The same for another program.
+std::string find_installed_file(std::string_view name, const std::string& program);
 
 }  // namespace rwkv
