@@ -2,9 +2,10 @@
 
 #include <algorithm>
 #include <filesystem>
-#include <nlohmann/json.hpp>
 #include <stdexcept>
 #include <vector>
+
+#include <nlohmann/json.hpp>
 
 #include "data/atomic_file.h"
 #include "model/formats/format_registry.h"
@@ -19,11 +20,14 @@ constexpr std::string_view kStepPrefix = "step_";
 constexpr std::string_view kPartialPrefix = "partial_";
 constexpr const char* kConfigKey = "rookery.config";
 
-fs::path checkpoints_folder(const std::string& run_dir) { return fs::path(run_dir) / "checkpoints"; }
+fs::path checkpoints_folder(const std::string& run_dir) {
+  return fs::path(run_dir) / "checkpoints";
+}
 
 std::string folder_name(int64_t step) {
   const std::string digits = std::to_string(step);
-  return std::string(kStepPrefix) + std::string(8 - std::min<size_t>(8, digits.size()), '0') + digits;
+  return std::string(kStepPrefix) + std::string(8 - std::min<size_t>(8, digits.size()), '0') +
+         digits;
 }
 
 // Step of a checkpoint's folder; nothing if the name is another.
@@ -93,15 +97,15 @@ std::string save_checkpoint(const std::string& run_dir,
     const std::string config_text = to_toml(config);
     const NamedTensors weights = optimizer.master_weights();
     const NamedTensors moments = optimizer.moments();
-    write_safetensors((partial / "model.safetensors").string(), to_write(weights),
+    write_safetensors((partial / "model.safetensors").string(),
+                      to_write(weights),
                       {{"format", "pt"}, {kConfigKey, config_text}});
     write_safetensors((partial / "optimizer.safetensors").string(), to_write(moments), {});
-    write_text(partial / "trainer.json",
-               nlohmann::json{{"step", state.step},
-                              {"samples", state.samples},
-                              {"tokens", state.tokens}}
-                       .dump(2) +
-                   "\n");
+    write_text(
+        partial / "trainer.json",
+        nlohmann::json{{"step", state.step}, {"samples", state.samples}, {"tokens", state.tokens}}
+                .dump(2) +
+            "\n");
     write_text(partial / "config.toml", config_text);
     // A run that went on from an older checkpoint comes past this step again.
     fs::remove_all(final_path);
@@ -130,14 +134,17 @@ SavedRun read_saved_run(const std::string& checkpoint) {
   SavedRun saved{.config = parse_run_config(read_text_file(config_path), config_path), .state = {}};
   try {
     const auto json = nlohmann::json::parse(read_text_file(state_path));
-    saved.state = {.step = json.at("step"), .samples = json.at("samples"), .tokens = json.at("tokens")};
+    saved.state = {
+        .step = json.at("step"), .samples = json.at("samples"), .tokens = json.at("tokens")};
   } catch (const nlohmann::json::exception& error) {
     throw std::runtime_error(state_path + ": not the state of a trainer: " + error.what());
   }
   return saved;
 }
 
-void load_optimizer(const std::string& checkpoint, const TrainerState& state, Optimizer& optimizer) {
+void load_optimizer(const std::string& checkpoint,
+                    const TrainerState& state,
+                    Optimizer& optimizer) {
   optimizer.load(read_safetensors((fs::path(checkpoint) / "model.safetensors").string()),
                  read_safetensors((fs::path(checkpoint) / "optimizer.safetensors").string()),
                  state.step);

@@ -27,8 +27,8 @@ struct TrainerState {
 };
 
 // Writes the checkpoint of `state.step`, then deletes the oldest beyond `keep` >= 1 and whatever an
-// interrupted save left. Returns its path. Throws std::runtime_error naming the file and the reason;
-// nothing of the failed checkpoint is left, and no older one is deleted.
+// interrupted save left. Returns its path. Throws std::runtime_error naming the file and the
+// reason; nothing of the failed checkpoint is left, and no older one is deleted.
 std::string save_checkpoint(const std::string& run_dir,
                             const RunConfig& config,
                             const Optimizer& optimizer,

@@ -1,11 +1,11 @@
 #include "train/evaluate.h"
 
-#include <ATen/ATen.h>
-
 #include <algorithm>
 #include <stdexcept>
 #include <string>
 #include <vector>
+
+#include <ATen/ATen.h>
 
 #include "model/loss.h"
 
@@ -33,31 +33,29 @@ void check_token_ids(std::span<const int64_t> ids,
                      int64_t begin) {
   for (size_t i = 0; i < ids.size(); ++i) {
     if (ids[i] < 0 || ids[i] >= vocab_size) {
-      throw std::runtime_error(corpus.prefix() + ".bin: token " +
-                               std::to_string(begin + static_cast<int64_t>(i)) + " has id " +
-                               std::to_string(ids[i]) + ", but the model's vocabulary is " +
-                               std::to_string(vocab_size) +
-                               "; was the corpus made with another tokenizer?");
+      throw std::runtime_error(
+          corpus.prefix() + ".bin: token " + std::to_string(begin + static_cast<int64_t>(i)) +
+          " has id " + std::to_string(ids[i]) + ", but the model's vocabulary is " +
+          std::to_string(vocab_size) + "; was the corpus made with another tokenizer?");
     }
   }
 }
 
 Evaluation evaluate(RwkvModel model, const BinidxFile& corpus, const EvaluateOptions& options) {
   const at::NoGradGuard no_grad;
-  const int64_t predictions = std::min(corpus.num_tokens() - 1,
-                                       options.max_tokens.value_or(corpus.num_tokens() - 1));
+  const int64_t predictions =
+      std::min(corpus.num_tokens() - 1, options.max_tokens.value_or(corpus.num_tokens() - 1));
   if (predictions < 1) {
-    throw std::runtime_error(corpus.prefix() + ".bin: holds " + std::to_string(corpus.num_tokens()) +
+    throw std::runtime_error(corpus.prefix() + ".bin: holds " +
+                             std::to_string(corpus.num_tokens()) +
                              " tokens, expected at least 2 to predict one");
   }
   double sum = 0;
   for (int64_t begin = 0; begin < predictions;) {
     const int64_t len = std::min(options.ctx_len, predictions - begin);
     const int64_t rows = std::min(options.batch_size, (predictions - begin) / len);
-    const at::Tensor ids =
-        read_windows(corpus, model->config().vocab_size, begin, rows, len);
-    const ModelOutput output =
-        model->forward(ids.slice(1, 0, len), model->initial_state(rows));
+    const at::Tensor ids = read_windows(corpus, model->config().vocab_size, begin, rows, len);
+    const ModelOutput output = model->forward(ids.slice(1, 0, len), model->initial_state(rows));
     sum += token_losses(output.logits_BTV, ids.slice(1, 1, len + 1))
                .to(at::kDouble)
                .sum()

@@ -1,10 +1,10 @@
 #include "train/optimizer.h"
 
-#include <ATen/ATen.h>
-
 #include <algorithm>
 #include <numeric>
 #include <stdexcept>
+
+#include <ATen/ATen.h>
 
 #include "model/ops/adamw.h"
 
@@ -17,12 +17,19 @@ constexpr int64_t kAlignment = 16;
 void fill_from(const WeightFile& file, const std::string& name, at::Tensor to) {
   const StoredTensor* stored = file.find(name);
   if (stored == nullptr) {
-    throw std::runtime_error(file.path + ": " + name + " is missing; the checkpoint is not of this model");
+    throw std::runtime_error(file.path + ": " + name +
+                             " is missing; the checkpoint is not of this model");
   }
   const at::Tensor tensor = to_tensor(*stored);
   if (tensor.sizes() != to.sizes()) {
-    throw std::runtime_error(c10::str(file.path, ": ", name, " is ", tensor.sizes(), ", expected ",
-                                      to.sizes(), "; the checkpoint is not of this model"));
+    throw std::runtime_error(c10::str(file.path,
+                                      ": ",
+                                      name,
+                                      " is ",
+                                      tensor.sizes(),
+                                      ", expected ",
+                                      to.sizes(),
+                                      "; the checkpoint is not of this model"));
   }
   to.copy_(tensor);
 }
@@ -87,7 +94,9 @@ void Optimizer::write_weights() {
   }
 }
 
-void Optimizer::zero_gradient() { gradient_.zero_(); }
+void Optimizer::zero_gradient() {
+  gradient_.zero_();
+}
 
 void Optimizer::accumulate_gradient() {
   const at::NoGradGuard no_grad;
@@ -100,7 +109,9 @@ void Optimizer::accumulate_gradient() {
   }
 }
 
-double Optimizer::gradient_norm() const { return std::sqrt(ops::sum_of_squares(gradient_)); }
+double Optimizer::gradient_norm() const {
+  return std::sqrt(ops::sum_of_squares(gradient_));
+}
 
 std::string Optimizer::first_nonfinite_gradient() const {
   for (const Slot& slot : slots_) {
@@ -123,7 +134,10 @@ void Optimizer::step(double lr, double gradient_norm) {
     at::Tensor master = range(master_);
     at::Tensor m = range(m_);
     at::Tensor v = range(v_);
-    ops::adamw_(master, m, v, range(gradient_),
+    ops::adamw_(master,
+                m,
+                v,
+                range(gradient_),
                 {.lr = lr * group.lr_scale,
                  .beta1 = config_.beta1,
                  .beta2 = config_.beta2,

@@ -1,16 +1,16 @@
 // AdamW over one flat buffer that holds all of a model's parameters.
 //
-// Master weights, both moments and the gradient lie in fp32 buffers of one layout: parameters sorted
-// by what the update does to them (learning-rate factor, weight decay), each starting at a multiple
-// of 16 elements, so that a group is a range and the update is one pass. An fp32 parameter of the
-// model is a view of the master buffer; a bf16 one is written from it after each update.
+// Master weights, both moments and the gradient lie in fp32 buffers of one layout: parameters
+// sorted by what the update does to them (learning-rate factor, weight decay), each starting at a
+// multiple of 16 elements, so that a group is a range and the update is one pass. An fp32 parameter
+// of the model is a view of the master buffer; a bf16 one is written from it after each update.
 #pragma once
-
-#include <ATen/core/Tensor.h>
 
 #include <cstdint>
 #include <string>
 #include <vector>
+
+#include <ATen/core/Tensor.h>
 
 #include "model/rwkv_model.h"
 #include "model/weights.h"
@@ -26,7 +26,8 @@ class Optimizer {
 
   // Sets the accumulated gradient to zero.
   void zero_gradient();
-  // Adds the gradients that backward left in the model's parameters, in fp32, and clears them there.
+  // Adds the gradients that backward left in the model's parameters, in fp32, and clears them
+  // there.
   void accumulate_gradient();
   // Global norm of the accumulated gradient, and the name of a tensor in it that is not finite.
   double gradient_norm() const;

@@ -1,14 +1,15 @@
 #include "train/run_main.h"
 
-#include <c10/util/Exception.h>
-#include <spdlog/sinks/stdout_color_sinks.h>
-#include <spdlog/spdlog.h>
-
-#include <cxxopts.hpp>
 #include <iostream>
 #include <new>
 #include <stdexcept>
 #include <string_view>
+
+#include <c10/util/Exception.h>
+
+#include <cxxopts.hpp>
+#include <spdlog/sinks/stdout_color_sinks.h>
+#include <spdlog/spdlog.h>
 
 namespace rwkv {
 namespace {

@@ -1,13 +1,14 @@
 #include "train/trainer.h"
 
-#include <ATen/ATen.h>
-#include <ATen/Parallel.h>
-#include <spdlog/spdlog.h>
-
 #include <chrono>
 #include <cmath>
 #include <filesystem>
 #include <stdexcept>
+
+#include <ATen/ATen.h>
+#include <ATen/Parallel.h>
+
+#include <spdlog/spdlog.h>
 
 #include "data/atomic_file.h"
 #include "data/tokenizer_registry.h"
@@ -24,7 +25,9 @@ double now_seconds() {
 }
 
 // Refuses a corpus made by a tokenizer other than the one the run names.
-void check_tokenizer(const BinidxFile& corpus, const std::string& spec, const std::string& identity) {
+void check_tokenizer(const BinidxFile& corpus,
+                     const std::string& spec,
+                     const std::string& identity) {
   const auto& record = corpus.tokenizer_record();
   if (record && record->identity != identity) {
     throw std::invalid_argument("data.tokenizer = \"" + spec + "\" is " + identity + ", but " +
@@ -110,7 +113,8 @@ void Trainer::start() {
   const auto checkpoint = newest_checkpoint(run_dir);
   if (checkpoint) {
     const SavedRun saved = read_saved_run(*checkpoint);
-    check_matches_checkpoint(config_, saved.config,
+    check_matches_checkpoint(config_,
+                             saved.config,
                              {.checkpoint = *checkpoint,
                               .tokens_seen = saved.state.tokens,
                               .samples_per_epoch = order_.samples_per_epoch()});
@@ -118,7 +122,8 @@ void Trainer::start() {
   } else {
     model_->initialise(static_cast<uint64_t>(config_.train.seed), config_.schedule.lr_init);
   }
-  optimizer_ = std::make_unique<Optimizer>(model_, config_.optimizer, scalar_type(config_.train.dtype));
+  optimizer_ =
+      std::make_unique<Optimizer>(model_, config_.optimizer, scalar_type(config_.train.dtype));
   if (checkpoint) {
     load_optimizer(*checkpoint, state_, *optimizer_);
     spdlog::info("going on from {}", *checkpoint);
@@ -127,7 +132,8 @@ void Trainer::start() {
   AtomicFile file((std::filesystem::path(run_dir) / "config.toml").string());
   file.write(to_toml(config_));
   file.commit();
-  loader_ = std::make_unique<BatchLoader>(train_corpus_, order_,
+  loader_ = std::make_unique<BatchLoader>(train_corpus_,
+                                          order_,
                                           BatchPlan{.rows = config_.micro_batch_sequences(),
                                                     .ctx_len = config_.model.ctx_len,
                                                     .first_sample = state_.samples,
@@ -181,28 +187,34 @@ void Trainer::check_finite(const StepResult& result) const {
 }
 
 double Trainer::validate() {
-  const Evaluation evaluation =
-      evaluate(model_, *validation_corpus_,
-               {.ctx_len = config_.model.ctx_len,
-                .batch_size = config_.micro_batch_sequences(),
-                .max_tokens = config_.train.validation_tokens});
+  const Evaluation evaluation = evaluate(model_,
+                                         *validation_corpus_,
+                                         {.ctx_len = config_.model.ctx_len,
+                                          .batch_size = config_.micro_batch_sequences(),
+                                          .max_tokens = config_.train.validation_tokens});
   return evaluation.loss;
 }
 
 void Trainer::save() {
-  const std::string path = save_checkpoint(config_.train.run_dir, config_, *optimizer_, state_,
-                                           config_.train.keep_checkpoints);
+  const std::string path = save_checkpoint(
+      config_.train.run_dir, config_, *optimizer_, state_, config_.train.keep_checkpoints);
   spdlog::info("saved {}", path);
 }
 
 void Trainer::log_start() const {
-  spdlog::info("{}: {} layers, {} wide, vocabulary {}, {} parameters", config_.model.version,
-               config_.model.n_layer, config_.model.n_embd, config_.model.vocab_size,
+  spdlog::info("{}: {} layers, {} wide, vocabulary {}, {} parameters",
+               config_.model.version,
+               config_.model.n_layer,
+               config_.model.n_embd,
+               config_.model.vocab_size,
                format_count(model_->num_parameters()));
-  spdlog::info("{}: {} tokens, {} windows of {} an epoch", train_corpus_.prefix(),
-               format_count(train_corpus_.num_tokens()), order_.samples_per_epoch(),
+  spdlog::info("{}: {} tokens, {} windows of {} an epoch",
+               train_corpus_.prefix(),
+               format_count(train_corpus_.num_tokens()),
+               order_.samples_per_epoch(),
                config_.model.ctx_len);
-  spdlog::info("{} steps of {} tokens, {:.2f} epochs; {} threads", total_steps_,
+  spdlog::info("{} steps of {} tokens, {:.2f} epochs; {} threads",
+               total_steps_,
                config_.tokens_per_step(),
                static_cast<double>(total_steps_ * config_.batch_sequences()) /
                    static_cast<double>(order_.samples_per_epoch()),
@@ -219,13 +231,14 @@ void Trainer::run() {
   const auto is_due = [&](std::optional<int64_t> every) {
     return state_.step == total_steps_ || (every && state_.step % *every == 0);
   };
-  MetricsFile metrics((std::filesystem::path(train.run_dir) / "metrics.jsonl").string(), state_.step);
+  MetricsFile metrics((std::filesystem::path(train.run_dir) / "metrics.jsonl").string(),
+                      state_.step);
   ProgressMeter meter(total_steps_, state_.tokens, now_seconds());
   while (state_.step < total_steps_) {
     const bool first = state_.step == 0;
     const StepResult result = step();
-    StepRecord record = meter.finish_step(state_.step, state_.tokens, result.loss, result.lr,
-                                          result.grad_norm, now_seconds());
+    StepRecord record = meter.finish_step(
+        state_.step, state_.tokens, result.loss, result.lr, result.grad_norm, now_seconds());
     const double pause = now_seconds();
     if (validation_corpus_ && is_due(train.validate_every_steps)) {
       record.validation_loss = validate();

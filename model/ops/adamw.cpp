@@ -20,18 +20,41 @@ void adamw_(at::Tensor& master,
             at::Tensor& v,
             const at::Tensor& grad,
             const AdamwSettings& settings) {
-  using Update = void(at::Tensor&, at::Tensor&, at::Tensor&, const at::Tensor&, double, double,
-                      double, double, double, double, int64_t);
+  using Update = void(at::Tensor&,
+                      at::Tensor&,
+                      at::Tensor&,
+                      const at::Tensor&,
+                      double,
+                      double,
+                      double,
+                      double,
+                      double,
+                      double,
+                      int64_t);
   static const auto op =
       c10::Dispatcher::singleton().findSchemaOrThrow("rookery::adamw_", "").typed<Update>();
   for (const at::Tensor& tensor : {master, m, v, grad}) {
     TORCH_CHECK(tensor.dim() == 1 && tensor.numel() == master.numel() && tensor.is_contiguous() &&
                     tensor.scalar_type() == at::kFloat,
-                "adamw_: a buffer is ", tensor.scalar_type(), " ", tensor.sizes(),
-                ", expected contiguous float [", master.numel(), "]");
+                "adamw_: a buffer is ",
+                tensor.scalar_type(),
+                " ",
+                tensor.sizes(),
+                ", expected contiguous float [",
+                master.numel(),
+                "]");
   }
-  op.call(master, m, v, grad, settings.lr, settings.beta1, settings.beta2, settings.eps,
-          settings.weight_decay, settings.grad_scale, settings.step);
+  op.call(master,
+          m,
+          v,
+          grad,
+          settings.lr,
+          settings.beta1,
+          settings.beta2,
+          settings.eps,
+          settings.weight_decay,
+          settings.grad_scale,
+          settings.step);
 }
 
 double sum_of_squares(const at::Tensor& tensor) {
@@ -39,7 +62,8 @@ double sum_of_squares(const at::Tensor& tensor) {
                              .findSchemaOrThrow("rookery::sum_of_squares", "")
                              .typed<double(const at::Tensor&)>();
   TORCH_CHECK(tensor.scalar_type() == at::kFloat && tensor.is_contiguous(),
-              "sum_of_squares: expected contiguous float, found ", tensor.scalar_type());
+              "sum_of_squares: expected contiguous float, found ",
+              tensor.scalar_type());
   return op.call(tensor);
 }
 

@@ -6,9 +6,9 @@
 // Source: Loshchilov and Hutter, arXiv:1711.05101, algorithm 2, as in torch.optim.AdamW.
 #pragma once
 
-#include <ATen/core/Tensor.h>
-
 #include <cstdint>
+
+#include <ATen/core/Tensor.h>
 
 namespace rwkv::ops {
 

@@ -1,11 +1,11 @@
 // CPU kernels of adamw_ and sum_of_squares: one pass over memory each, in blocks that a thread
 // takes whole. Floor of adamw_: 16 bytes read and 12 written a parameter.
+#include <cmath>
+#include <vector>
+
 #include <ATen/ATen.h>
 #include <ATen/Parallel.h>
 #include <torch/library.h>
-
-#include <cmath>
-#include <vector>
 
 #include "model/ops/adamw.h"
 #include "model/ops/cpu_vector.h"
@@ -80,7 +80,11 @@ void adamw_cpu(at::Tensor& master,
   float* const v_data = v.mutable_data_ptr<float>();
   const float* const grad_data = grad.const_data_ptr<float>();
   at::parallel_for(0, master.numel(), kBlock, [&](int64_t begin, int64_t end) {
-    adamw_block(master_data + begin, m_data + begin, v_data + begin, grad_data + begin, end - begin,
+    adamw_block(master_data + begin,
+                m_data + begin,
+                v_data + begin,
+                grad_data + begin,
+                end - begin,
                 factors);
   });
 }

@@ -3,8 +3,9 @@
 //   argv[0] is the command's name as shown in its help, "rookery train".
 #pragma once
 
-#include <cxxopts.hpp>
 #include <string>
+
+#include <cxxopts.hpp>
 
 namespace rwkv {
 

@@ -1,8 +1,8 @@
-#include <ATen/ATen.h>
-
 #include <cmath>
 #include <cstdio>
 #include <iostream>
+
+#include <ATen/ATen.h>
 
 #include "data/ngram_baseline.h"
 #include "model/formats/format_registry.h"
@@ -29,13 +29,18 @@ void print_row(const char* what, double loss, double bytes_per_token) {
 int eval_command(int argc, char** argv) {
   cxxopts::Options options("rookery eval",
                            "Cross entropy of a model on a token corpus, in nats a token.\n");
-  options.add_options()
-      ("model", "a run, a checkpoint folder, a .pth or .safetensors file", cxxopts::value<std::string>())
-      ("data", "PREFIX of the corpus to predict", cxxopts::value<std::string>())
-      ("baseline", "PREFIX of a corpus to count: adds unigram and bigram models of it to compare with", cxxopts::value<std::string>())
-      ("ctx-len", "tokens predicted from an empty state; default: what the model was trained with, else 1024", cxxopts::value<int64_t>())
-      ("batch-size", "windows at once", cxxopts::value<int64_t>()->default_value("8"))
-      ("dtype", "fp32 or bf16", cxxopts::value<std::string>()->default_value("fp32"));
+  options.add_options()("model",
+                        "a run, a checkpoint folder, a .pth or .safetensors file",
+                        cxxopts::value<std::string>())(
+      "data", "PREFIX of the corpus to predict", cxxopts::value<std::string>())(
+      "baseline",
+      "PREFIX of a corpus to count: adds unigram and bigram models of it to compare with",
+      cxxopts::value<std::string>())(
+      "ctx-len",
+      "tokens predicted from an empty state; default: what the model was trained with, else 1024",
+      cxxopts::value<int64_t>())(
+      "batch-size", "windows at once", cxxopts::value<int64_t>()->default_value("8"))(
+      "dtype", "fp32 or bf16", cxxopts::value<std::string>()->default_value("fp32"));
   const auto parsed = parse_options(options, argc, argv, kExample, {"model", "data"});
   if (!parsed) {
     return 0;
@@ -58,14 +63,16 @@ int eval_command(int argc, char** argv) {
 
   const auto& record = corpus.tokenizer_record();
   const double bytes_per_token =
-      record ? static_cast<double>(record->text_bytes) / static_cast<double>(corpus.num_tokens()) : 0;
-  std::printf("%s: %lld tokens predicted, %lld at a time\n", corpus.prefix().c_str(),
-              static_cast<long long>(result.num_tokens), static_cast<long long>(ctx_len));
+      record ? static_cast<double>(record->text_bytes) / static_cast<double>(corpus.num_tokens())
+             : 0;
+  std::printf("%s: %lld tokens predicted, %lld at a time\n",
+              corpus.prefix().c_str(),
+              static_cast<long long>(result.num_tokens),
+              static_cast<long long>(ctx_len));
   print_row("model", result.loss, bytes_per_token);
   if (parsed->count("baseline") > 0) {
     const BinidxFile counted((*parsed)["baseline"].as<std::string>());
-    const NgramBaseline baseline =
-        ngram_baseline(counted, corpus, model->config().vocab_size);
+    const NgramBaseline baseline = ngram_baseline(counted, corpus, model->config().vocab_size);
     print_row("bigram", baseline.bigram_loss, bytes_per_token);
     print_row("unigram", baseline.unigram_loss, bytes_per_token);
   }

@@ -1,9 +1,9 @@
 #include "model/generate.h"
 
+#include <iostream>
+
 #include <ATen/ATen.h>
 #include <ATen/CPUGeneratorImpl.h>
-
-#include <iostream>
 
 #include "data/tokenizer_registry.h"
 #include "model/formats/format_registry.h"
@@ -24,8 +24,10 @@ std::string tokenizer_spec(const cxxopts::ParseResult& parsed, const std::string
   }
   const auto config = config_in(read_weights(model_path));
   if (!config || !config->data.tokenizer) {
-    throw std::invalid_argument(model_path + " does not say which tokenizer it was trained with; "
-                                "give --tokenizer, one of\n" + describe_tokenizer_specs());
+    throw std::invalid_argument(model_path +
+                                " does not say which tokenizer it was trained with; "
+                                "give --tokenizer, one of\n" +
+                                describe_tokenizer_specs());
   }
   return *config->data.tokenizer;
 }
@@ -44,16 +46,23 @@ void check_vocabulary(const Tokenizer& tokenizer, const ModelConfig& config) {
 int generate_command(int argc, char** argv) {
   cxxopts::Options options("rookery generate",
                            "Continues a prompt in RNN mode: constant time and memory a token.\n");
-  options.add_options()
-      ("model", "a run, a checkpoint folder, a .pth or .safetensors file", cxxopts::value<std::string>())
-      ("tokenizer", "default: the one the model was trained with", cxxopts::value<std::string>())
-      ("prompt", "text to continue; none starts a document", cxxopts::value<std::string>()->default_value(""))
-      ("length", "tokens to generate", cxxopts::value<int64_t>()->default_value("100"))
-      ("temperature", "0 takes the most likely token", cxxopts::value<double>()->default_value("1.0"))
-      ("top-p", "sample from the likeliest tokens with this probability in all", cxxopts::value<double>()->default_value("0.9"))
-      ("top-k", "and from this many at most; 0: all", cxxopts::value<int64_t>()->default_value("0"))
-      ("seed", "the same seed gives the same text", cxxopts::value<uint64_t>()->default_value("1"))
-      ("dtype", "fp32 or bf16", cxxopts::value<std::string>()->default_value("fp32"));
+  options.add_options()("model",
+                        "a run, a checkpoint folder, a .pth or .safetensors file",
+                        cxxopts::value<std::string>())(
+      "tokenizer", "default: the one the model was trained with", cxxopts::value<std::string>())(
+      "prompt",
+      "text to continue; none starts a document",
+      cxxopts::value<std::string>()->default_value(""))(
+      "length", "tokens to generate", cxxopts::value<int64_t>()->default_value("100"))(
+      "temperature",
+      "0 takes the most likely token",
+      cxxopts::value<double>()->default_value("1.0"))(
+      "top-p",
+      "sample from the likeliest tokens with this probability in all",
+      cxxopts::value<double>()->default_value("0.9"))(
+      "top-k", "and from this many at most; 0: all", cxxopts::value<int64_t>()->default_value("0"))(
+      "seed", "the same seed gives the same text", cxxopts::value<uint64_t>()->default_value("1"))(
+      "dtype", "fp32 or bf16", cxxopts::value<std::string>()->default_value("fp32"));
   const auto parsed = parse_options(options, argc, argv, kExample, {"model"});
   if (!parsed) {
     return 0;
@@ -71,15 +80,17 @@ int generate_command(int argc, char** argv) {
 
   const std::string prompt = (*parsed)["prompt"].as<std::string>();
   const auto end = tokenizer->end_of_document();
-  // A text begins where another ended; what was trained on has that token in front of each document.
+  // A text begins where another ended; what was trained on has that token in front of each
+  // document.
   std::vector<int32_t> ids;
   if (end) {
     ids.push_back(*end);
   }
   tokenizer->encode_part(prompt, Tokenizer::TextEnd::kFinal, ids);
   if (ids.empty()) {
-    throw std::invalid_argument("--prompt is empty, and this tokenizer has no token that starts a "
-                                "document; give some text");
+    throw std::invalid_argument(
+        "--prompt is empty, and this tokenizer has no token that starts a "
+        "document; give some text");
   }
   at::Generator generator =
       at::make_generator<at::CPUGeneratorImpl>((*parsed)["seed"].as<uint64_t>());

@@ -1,8 +1,8 @@
-#include <ATen/ATen.h>
-
 #include <cstdio>
 #include <iostream>
 #include <stdexcept>
+
+#include <ATen/ATen.h>
 
 #include "model/formats/safetensors.h"
 #include "model/weights.h"
@@ -46,13 +46,16 @@ int logits_command(int argc, char** argv) {
   cxxopts::Options options("rookery logits",
                            "Prints the logits after the last token, one a line; with --all writes "
                            "those of every position.\n");
-  options.add_options()
-      ("model", "a run, a checkpoint folder, a .pth or .safetensors file", cxxopts::value<std::string>())
-      ("tokens", "token ids, separated by commas", cxxopts::value<std::vector<int64_t>>())
-      ("mode", "parallel (GPT mode) or recurrent (RNN mode)", cxxopts::value<std::string>()->default_value("parallel"))
-      ("all", "every position's, as \"logits\" [T, V] in --output")
-      ("output", "a .safetensors file, with --all", cxxopts::value<std::string>())
-      ("dtype", "fp32 or bf16", cxxopts::value<std::string>()->default_value("fp32"));
+  options.add_options()("model",
+                        "a run, a checkpoint folder, a .pth or .safetensors file",
+                        cxxopts::value<std::string>())(
+      "tokens", "token ids, separated by commas", cxxopts::value<std::vector<int64_t>>())(
+      "mode",
+      "parallel (GPT mode) or recurrent (RNN mode)",
+      cxxopts::value<std::string>()->default_value("parallel"))(
+      "all", "every position's, as \"logits\" [T, V] in --output")(
+      "output", "a .safetensors file, with --all", cxxopts::value<std::string>())(
+      "dtype", "fp32 or bf16", cxxopts::value<std::string>()->default_value("fp32"));
   const auto parsed = parse_options(options, argc, argv, kExample, {"model", "tokens"});
   if (!parsed) {
     return 0;
@@ -63,7 +66,8 @@ int logits_command(int argc, char** argv) {
   }
   const bool all = parsed->count("all") > 0;
   if (all != (parsed->count("output") > 0)) {
-    throw std::invalid_argument("--all and --output go together; for example: --all --output a.safetensors");
+    throw std::invalid_argument(
+        "--all and --output go together; for example: --all --output a.safetensors");
   }
   const ComputeDtype dtype = parse_dtype((*parsed)["dtype"].as<std::string>());
   const auto tokens = (*parsed)["tokens"].as<std::vector<int64_t>>();

@@ -1,6 +1,6 @@
-#include <spdlog/spdlog.h>
-
 #include <iostream>
+
+#include <spdlog/spdlog.h>
 
 #include "data/binidx.h"
 #include "data/text_reader.h"
@@ -11,7 +11,8 @@
 namespace rwkv {
 namespace {
 
-constexpr const char* kExample = "rookery tokenize --tokenizer world --output corpus a.jsonl.zst b.txt";
+constexpr const char* kExample =
+    "rookery tokenize --tokenizer world --output corpus a.jsonl.zst b.txt";
 
 }  // namespace
 
@@ -19,15 +20,18 @@ int tokenize_command(int argc, char** argv) {
   cxxopts::Options options(
       "rookery tokenize",
       "Turns text (.txt: one document a file; .jsonl: one a row; each also .gz or .zst) into the\n"
-      "token files PREFIX.bin and PREFIX.idx.\n\nTokenizers:\n" + describe_tokenizer_specs());
-  options.add_options()
-      ("tokenizer", "see above", cxxopts::value<std::string>())
-      ("output", "PREFIX of the files to write", cxxopts::value<std::string>())
-      ("jsonl-key", "key of the text in .jsonl rows", cxxopts::value<std::string>()->default_value("text"))
-      ("files", "text files", cxxopts::value<std::vector<std::string>>());
+      "token files PREFIX.bin and PREFIX.idx.\n\nTokenizers:\n" +
+          describe_tokenizer_specs());
+  options.add_options()("tokenizer", "see above", cxxopts::value<std::string>())(
+      "output", "PREFIX of the files to write", cxxopts::value<std::string>())(
+      "jsonl-key",
+      "key of the text in .jsonl rows",
+      cxxopts::value<std::string>()->default_value("text"))(
+      "files", "text files", cxxopts::value<std::vector<std::string>>());
   options.parse_positional({"files"});
   options.positional_help("FILE...");
-  const auto parsed = parse_options(options, argc, argv, kExample, {"tokenizer", "output", "files"});
+  const auto parsed =
+      parse_options(options, argc, argv, kExample, {"tokenizer", "output", "files"});
   if (!parsed) {
     return 0;
   }
@@ -35,9 +39,10 @@ int tokenize_command(int argc, char** argv) {
   TextReader reader((*parsed)["files"].as<std::vector<std::string>>(),
                     {.jsonl_key = (*parsed)["jsonl-key"].as<std::string>()});
   const std::string prefix = (*parsed)["output"].as<std::string>();
-  BinidxWriter writer(prefix, {.identity = tokenizer->identity(),
-                               .vocab_size = tokenizer->vocab_size(),
-                               .end_of_document = tokenizer->end_of_document()});
+  BinidxWriter writer(prefix,
+                      {.identity = tokenizer->identity(),
+                       .vocab_size = tokenizer->vocab_size(),
+                       .end_of_document = tokenizer->end_of_document()});
   const TokenizeResult result = tokenize_corpus(reader, *tokenizer, writer);
   std::cout << prefix << ": " << result.documents << " documents, " << result.tokens << " tokens, "
             << result.text_bytes << " bytes of text\n";

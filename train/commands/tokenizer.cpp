@@ -12,16 +12,23 @@ constexpr const char* kExample =
 
 int train_tokenizer(int argc, char** argv) {
   const SentencepieceTraining defaults;
-  cxxopts::Options options("rookery tokenizer train",
-                           "Trains a sentencepiece tokenizer on text: .txt or .jsonl, each also .gz "
-                           "or .zst.\n");
-  options.add_options()
-      ("input", "text files, separated by commas", cxxopts::value<std::vector<std::string>>())
-      ("output", "the model file to write", cxxopts::value<std::string>())
-      ("vocab-size", "number of tokens", cxxopts::value<int64_t>()->default_value(std::to_string(defaults.vocab_size)))
-      ("kind", "unigram or bpe", cxxopts::value<std::string>()->default_value("unigram"))
-      ("max-lines", "lines sampled from a longer corpus", cxxopts::value<int64_t>()->default_value(std::to_string(defaults.max_lines)))
-      ("jsonl-key", "key of the text in .jsonl rows", cxxopts::value<std::string>()->default_value(defaults.jsonl_key));
+  cxxopts::Options options(
+      "rookery tokenizer train",
+      "Trains a sentencepiece tokenizer on text: .txt or .jsonl, each also .gz "
+      "or .zst.\n");
+  options.add_options()(
+      "input", "text files, separated by commas", cxxopts::value<std::vector<std::string>>())(
+      "output", "the model file to write", cxxopts::value<std::string>())(
+      "vocab-size",
+      "number of tokens",
+      cxxopts::value<int64_t>()->default_value(std::to_string(defaults.vocab_size)))(
+      "kind", "unigram or bpe", cxxopts::value<std::string>()->default_value("unigram"))(
+      "max-lines",
+      "lines sampled from a longer corpus",
+      cxxopts::value<int64_t>()->default_value(std::to_string(defaults.max_lines)))(
+      "jsonl-key",
+      "key of the text in .jsonl rows",
+      cxxopts::value<std::string>()->default_value(defaults.jsonl_key));
   const auto parsed = parse_options(options, argc, argv, kExample, {"input", "output"});
   if (!parsed) {
     return 0;
@@ -49,7 +56,8 @@ int tokenizer_command(int argc, char** argv) {
     return train_tokenizer(argc - 1, argv + 1);
   }
   if (verb == "--help" || verb == "-h") {
-    std::cout << "Usage:\n  rookery tokenizer train [OPTION...]\n\nExample:\n  " << kExample << '\n';
+    std::cout << "Usage:\n  rookery tokenizer train [OPTION...]\n\nExample:\n  " << kExample
+              << '\n';
     return 0;
   }
   throw std::invalid_argument("rookery tokenizer: there is no \"" + verb +

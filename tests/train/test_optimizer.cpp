@@ -1,0 +1,109 @@
+#include <ATen/ATen.h>
+#include <ATen/CPUGeneratorImpl.h>
+#include <ATen/Parallel.h>
+
+#include <gtest/gtest.h>
+#include <nlohmann/json.hpp>
+
+#include "data/atomic_file.h"
+#include "model/loss.h"
+#include "model/ops/adamw.h"
+#include "tests/support/tensors.h"
+#include "tests/support/test_data.h"
+#include "train/lr_schedule.h"
+#include "train/optimizer.h"
+
+namespace rwkv {
+namespace {
+
+// Ten steps of the same model on the same batches, in plain maths and float64.
+TEST(TenSteps, MatchFloat64) {
+  auto golden = test::load_tensors(test::golden("rwkv4_ten_steps.safetensors"));
+  const auto json = nlohmann::json::parse(read_text_file(test::golden("rwkv4_ten_steps.json")));
+  const auto& settings = json.at("settings");
+  const LrSchedule schedule{.kind = ScheduleKind::kExponential,
+                            .lr_init = settings.at("lr_init"),
+                            .lr_final = settings.at("lr_final"),
+                            .warmup_tokens = settings.at("warmup_tokens")};
+  const OptimizerConfig config{.beta1 = settings.at("beta1"),
+                               .beta2 = settings.at("beta2"),
+                               .eps = settings.at("eps"),
+                               .weight_decay = settings.at("weight_decay"),
+                               .clip_norm = settings.at("clip")};
+  RwkvModel model = open_model(test::golden("rwkv4_odd.safetensors"), at::kFloat);
+  Optimizer optimizer(model, config, at::kFloat);
+  const int64_t tokens_per_step = golden["inputs"][0].numel();
+  for (int64_t step = 0; step < 10; ++step) {
+    const auto& expected = json.at("steps")[static_cast<size_t>(step)];
+    const double lr = schedule.lr(step * tokens_per_step, 10 * tokens_per_step);
+    EXPECT_NEAR(lr, expected.at("lr"), 1e-12) << "step " << step;
+    optimizer.zero_gradient();
+    // The batch of three in parts of two and one: accumulation must not show.
+    double loss_sum = 0;
+    for (const auto& [begin, end] : {std::pair{0, 2}, std::pair{2, 3}}) {
+      const at::Tensor inputs_BT = golden["inputs"][step].slice(0, begin, end);
+      const ModelOutput output = model->forward(inputs_BT, model->initial_state(end - begin));
+      const at::Tensor loss = cross_entropy_loss(
+          output.logits_BTV, golden["targets"][step].slice(0, begin, end), settings.at("l2wrap"));
+      const double share = (end - begin) / 3.0;
+      (loss * share).backward();
+      optimizer.accumulate_gradient();
+      loss_sum += loss.item<double>() * share;
+    }
+    EXPECT_NEAR(loss_sum, expected.at("loss"), 1e-5) << "step " << step;
+    const double norm = optimizer.gradient_norm();
+    EXPECT_NEAR(norm, expected.at("grad_norm"), 1e-5 * norm) << "step " << step;
+    optimizer.step(lr, norm);
+  }
+  const auto start = test::load_tensors(test::golden("rwkv4_odd.safetensors"));
+  for (const auto& [name, weight] : optimizer.master_weights()) {
+    const at::Tensor moved = weight - start.at(name);
+    EXPECT_TRUE(test::close_l2(moved, golden["final." + name] - start.at(name), 1e-3)) << name;
+    EXPECT_TRUE(test::same_bits(model->named_parameters()[name], weight)) << name;
+  }
+}
+
+TEST(Optimizer, KeepsFp32MastersOfABf16Model) {
+  RwkvModel model = open_model(test::golden("rwkv4_odd.safetensors"), at::kFloat);
+  const at::Tensor before = model->named_parameters()["head.weight"].detach().clone();
+  Optimizer optimizer(model, {.clip_norm = 0}, at::kBFloat16);
+  EXPECT_TRUE(test::same_bits(optimizer.master_weights().back().second, before));
+  at::Tensor parameter = model->named_parameters()["head.weight"];
+  EXPECT_EQ(parameter.scalar_type(), at::kBFloat16);
+  // Steps far below bf16's resolution add up in the master and then show in the weight.
+  for (int i = 0; i < 200; ++i) {
+    optimizer.zero_gradient();
+    parameter.mutable_grad() = at::ones_like(parameter);
+    optimizer.accumulate_gradient();
+    optimizer.step(1e-4, optimizer.gradient_norm());
+  }
+  EXPECT_TRUE(test::close_max(optimizer.master_weights().back().second, before - 0.02, 1e-5));
+  EXPECT_TRUE(
+      test::same_bits(parameter, optimizer.master_weights().back().second.to(at::kBFloat16)));
+}
+
+TEST(Optimizer, NamesTheFirstGradientThatIsNotFinite) {
+  RwkvModel model = open_model(test::golden("rwkv4_odd.safetensors"), at::kFloat);
+  Optimizer optimizer(model, {}, at::kFloat);
+  EXPECT_EQ(optimizer.first_nonfinite_gradient(), "");
+  at::Tensor parameter = model->named_parameters()["blocks.1.ffn.key.weight"];
+  parameter.mutable_grad() = at::full_like(parameter, std::numeric_limits<float>::infinity());
+  optimizer.accumulate_gradient();
+  EXPECT_EQ(optimizer.first_nonfinite_gradient(), "blocks.1.ffn.key.weight");
+}
+
+TEST(SumOfSquares, IsExactAndTheSameOnAnyNumberOfThreads) {
+  at::Generator generator = at::make_generator<at::CPUGeneratorImpl>(uint64_t{2});
+  const at::Tensor x = at::randn({300'007}, generator, at::kFloat);
+  const double expected = x.to(at::kDouble).square().sum().item<double>();
+  const int threads = at::get_num_threads();
+  const double first = ops::sum_of_squares(x);
+  at::set_num_threads(1);
+  const double second = ops::sum_of_squares(x);
+  at::set_num_threads(threads);
+  EXPECT_NEAR(first, expected, 1e-9 * expected);
+  EXPECT_EQ(first, second);
+}
+
+}  // namespace
+}  // namespace rwkv

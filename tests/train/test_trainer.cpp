@@ -1,0 +1,253 @@
+#include "train/trainer.h"
+
+#include <ATen/ATen.h>
+#include <gmock/gmock.h>
+#include <gtest/gtest.h>
+
+#include <filesystem>
+#include <nlohmann/json.hpp>
+#include <sstream>
+
+#include "model/formats/format_registry.h"
+#include "tests/support/tensors.h"
+#include "tests/support/test_data.h"
+#include "train/evaluate.h"
+
+namespace rwkv {
+namespace {
+
+using testing::HasSubstr;
+
+constexpr int64_t kVocab = 30;
+
+// Sequences in which each token follows from the one before, with a little noise: something to learn.
+std::string make_corpus(const test::TempFolder& folder,
+                        const std::string& name,
+                        int64_t tokens,
+                        const std::string& identity = "bytes") {
+  const std::string prefix = folder.path(name);
+  BinidxWriter writer(prefix, {.identity = identity, .vocab_size = kVocab, .end_of_document = 0});
+  uint64_t noise = 12345;
+  std::vector<int32_t> ids;
+  for (int64_t i = 0, id = 1; i < tokens; ++i) {
+    noise = noise * 6364136223846793005u + 1442695040888963407u;
+    id = (noise >> 60) == 0 ? static_cast<int64_t>(noise >> 33) % kVocab : (id * 7 + 3) % kVocab;
+    ids.push_back(static_cast<int32_t>(id));
+  }
+  writer.add_tokens(ids);
+  writer.end_document();
+  writer.finish(tokens);
+  return prefix;
+}
+
+RunConfig small_run(const test::TempFolder& folder, const std::string& run) {
+  RunConfig config{.model = {.n_layer = 2, .n_embd = 24, .dim_att = 32, .dim_ffn = 40, .ctx_len = 16}};
+  config.data.train = folder.path("corpus");
+  config.train.run_dir = folder.path(run);
+  config.train.batch_size = 4;
+  config.train.total_steps = 12;
+  config.train.log_every_steps = 1;
+  config.train.threads = 2;
+  config.schedule.lr_init = 1e-2;
+  config.schedule.lr_final = 1e-3;
+  return config;
+}
+
+// What metrics.jsonl says of every step, times left out.
+std::vector<nlohmann::json> read_metrics(const std::string& run_dir) {
+  std::vector<nlohmann::json> rows;
+  std::istringstream lines(test::read_file(run_dir + "/metrics.jsonl"));
+  for (std::string line; std::getline(lines, line);) {
+    const auto row = nlohmann::json::parse(line);
+    rows.push_back({{"step", row.at("step")}, {"loss", row.at("loss")}, {"norm", row.at("grad_norm")}});
+  }
+  return rows;
+}
+
+std::string newest_file(const std::string& run_dir, const char* name) {
+  return test::read_file(newest_checkpoint(run_dir).value() + "/" + name);
+}
+
+TEST(Trainer, LearnsWhatIsToBeLearnt) {
+  for (const TrainDtype dtype : {TrainDtype::kFp32, TrainDtype::kBf16}) {
+    const test::TempFolder folder;
+    make_corpus(folder, "corpus", 4000);
+    RunConfig config = small_run(folder, "run");
+    config.train.dtype = dtype;
+    config.train.total_steps = 150;
+    Trainer(config).run();
+    const auto rows = read_metrics(config.train.run_dir);
+    ASSERT_EQ(rows.size(), 150u);
+    EXPECT_NEAR(rows.front().at("loss").get<double>(), std::log(kVocab), 0.5);
+    // Noise of one in sixteen alone costs about 0.45 nats.
+    EXPECT_LT(rows.back().at("loss").get<double>(), 1.0);
+  }
+}
+
+TEST(Trainer, GoesOnBitForBitFromACheckpoint) {
+  const test::TempFolder folder;
+  make_corpus(folder, "corpus", 2000);
+  RunConfig config = small_run(folder, "whole");
+  config.train.save_every_steps = 5;
+  config.train.keep_checkpoints = 3;
+  Trainer(config).run();
+
+  // The same run as it would be had it died after step 7: step 5 is the last checkpoint.
+  config.train.run_dir = folder.path("resumed");
+  std::filesystem::create_directories(folder.path("resumed/checkpoints"));
+  std::filesystem::copy(folder.path("whole/checkpoints/step_00000005"),
+                        folder.path("resumed/checkpoints/step_00000005"),
+                        std::filesystem::copy_options::recursive);
+  std::string first_lines;
+  std::istringstream metrics(test::read_file(folder.path("whole/metrics.jsonl")));
+  for (std::string line; std::getline(metrics, line) && first_lines.size() < 7 * line.size();) {
+    first_lines += line + "\n";
+  }
+  test::write_file(folder.path("resumed/metrics.jsonl"), first_lines);
+  Trainer(config).run();
+
+  EXPECT_EQ(read_metrics(folder.path("resumed")), read_metrics(folder.path("whole")));
+  for (const char* file : {"model.safetensors", "optimizer.safetensors", "trainer.json"}) {
+    // The configuration inside differs by the run's folder alone.
+    const auto tensors = [&](const std::string& run) { return newest_file(folder.path(run), file); };
+    if (std::string(file) == "model.safetensors") {
+      const auto whole = test::load_tensors(newest_checkpoint(folder.path("whole")).value());
+      for (const auto& [name, tensor] :
+           test::load_tensors(newest_checkpoint(folder.path("resumed")).value())) {
+        EXPECT_TRUE(test::same_bits(tensor, whole.at(name))) << name;
+      }
+    } else {
+      EXPECT_EQ(tensors("resumed"), tensors("whole")) << file;
+    }
+  }
+}
+
+TEST(Trainer, AccumulatesMicroBatchesToTheSameStep) {
+  const test::TempFolder folder;
+  make_corpus(folder, "corpus", 2000);
+  RunConfig config = small_run(folder, "whole");
+  Trainer(config).run();
+  config.train.run_dir = folder.path("parts");
+  config.train.micro_batch_size = 1;
+  Trainer(config).run();
+  const auto whole = read_metrics(folder.path("whole"));
+  const auto parts = read_metrics(folder.path("parts"));
+  for (size_t i = 0; i < whole.size(); ++i) {
+    EXPECT_NEAR(parts[i].at("loss").get<double>(), whole[i].at("loss").get<double>(), 1e-4) << i;
+    EXPECT_NEAR(parts[i].at("norm").get<double>(), whole[i].at("norm").get<double>(), 1e-3) << i;
+  }
+}
+
+TEST(Trainer, KeepsTheNewestCheckpointsAndNoRemains) {
+  const test::TempFolder folder;
+  make_corpus(folder, "corpus", 2000);
+  RunConfig config = small_run(folder, "run");
+  config.train.save_every_steps = 3;
+  std::filesystem::create_directories(folder.path("run/checkpoints/partial_step_00000002"));
+  Trainer(config).run();
+  std::vector<std::string> names;
+  for (const auto& entry : std::filesystem::directory_iterator(folder.path("run/checkpoints"))) {
+    names.push_back(entry.path().filename().string());
+  }
+  EXPECT_THAT(names, testing::UnorderedElementsAre("step_00000009", "step_00000012"));
+}
+
+TEST(Trainer, DoesNothingWhereAllStepsAreDone) {
+  const test::TempFolder folder;
+  make_corpus(folder, "corpus", 2000);
+  const RunConfig config = small_run(folder, "run");
+  Trainer(config).run();
+  const std::string metrics = test::read_file(folder.path("run/metrics.jsonl"));
+  Trainer(config).run();
+  EXPECT_EQ(test::read_file(folder.path("run/metrics.jsonl")), metrics);
+}
+
+TEST(Trainer, StopsBeforeAnUpdateThatIsNotFinite) {
+  const test::TempFolder folder;
+  make_corpus(folder, "corpus", 2000);
+  RunConfig config = small_run(folder, "run");
+  config.schedule.lr_init = 1e30;
+  config.schedule.lr_final = 1e30;
+  config.optimizer.clip_norm = 0;
+  const std::string text = THROWN_TEXT(std::runtime_error, Trainer(config).run());
+  EXPECT_THAT(text, HasSubstr("step 2: loss"));
+  EXPECT_THAT(text, HasSubstr("on samples 4 to 7"));
+  EXPECT_THAT(text, HasSubstr("there is no checkpoint yet"));
+}
+
+TEST(ResolveRunConfig, TakesTheVocabularyFromTheCorpus) {
+  const test::TempFolder folder;
+  make_corpus(folder, "corpus", 100);
+  RunConfig config = small_run(folder, "run");
+  EXPECT_EQ(resolve_run_config(config).model.vocab_size, kVocab);
+  config.model.vocab_size = 64;
+  EXPECT_EQ(resolve_run_config(config).model.vocab_size, 64);
+  config.model.vocab_size = 29;
+  EXPECT_THAT(THROWN_TEXT(std::invalid_argument, resolve_run_config(config)),
+              HasSubstr("model.vocab_size = 29"));
+  std::filesystem::remove(folder.path("corpus.tokenizer.json"));
+  config.model.vocab_size = 0;
+  EXPECT_THAT(THROWN_TEXT(std::invalid_argument, resolve_run_config(config)),
+              HasSubstr("model.vocab_size is not given"));
+}
+
+TEST(ResolveRunConfig, RefusesAnotherTokenizer) {
+  const test::TempFolder folder;
+  make_corpus(folder, "corpus", 100, "world:0123");
+  make_corpus(folder, "validation", 100, "bytes");
+  RunConfig config = small_run(folder, "run");
+  config.data.tokenizer = "bytes";
+  EXPECT_THAT(THROWN_TEXT(std::invalid_argument, resolve_run_config(config)),
+              testing::AllOf(HasSubstr("data.tokenizer = \"bytes\""), HasSubstr("world:0123")));
+  config.data.tokenizer.reset();
+  config.data.validation = folder.path("validation");
+  EXPECT_THAT(THROWN_TEXT(std::invalid_argument, resolve_run_config(config)),
+              testing::AllOf(HasSubstr("data.validation"), HasSubstr("world:0123")));
+}
+
+TEST(Evaluate, CountsEveryTokenButTheFirst) {
+  const test::TempFolder folder;
+  const BinidxFile corpus(make_corpus(folder, "corpus", 102));  // and its end: 103 tokens
+  RwkvModel model(ModelConfig{.n_layer = 1, .n_embd = 8, .vocab_size = kVocab});
+  model->initialise(1, 1e-2);
+  // Whatever the windows and batches, a fresh model finds all tokens nearly alike.
+  const Evaluation whole = evaluate(model, corpus, {.ctx_len = 1000});
+  const Evaluation windows = evaluate(model, corpus, {.ctx_len = 10, .batch_size = 3});
+  EXPECT_EQ(whole.num_tokens, 102);
+  EXPECT_EQ(windows.num_tokens, 102);
+  EXPECT_NEAR(whole.loss, std::log(kVocab), 0.6);
+  EXPECT_NEAR(windows.loss, whole.loss, 0.1);
+  EXPECT_EQ(evaluate(model, corpus, {.ctx_len = 10, .max_tokens = 25}).num_tokens, 25);
+  // Batching alone changes nothing.
+  const Evaluation one_by_one = evaluate(model, corpus, {.ctx_len = 10, .batch_size = 1});
+  EXPECT_NEAR(one_by_one.loss, windows.loss, 1e-6);
+}
+
+TEST(Evaluate, NamesATokenBeyondTheVocabulary) {
+  const test::TempFolder folder;
+  const BinidxFile corpus(make_corpus(folder, "corpus", 100));
+  RwkvModel model(ModelConfig{.n_layer = 1, .n_embd = 8, .vocab_size = 20});
+  model->initialise(1, 1e-2);
+  EXPECT_THAT(THROWN_TEXT(std::runtime_error, evaluate(model, corpus, {})),
+              testing::AllOf(HasSubstr("corpus.bin: token "), HasSubstr("vocabulary is 20")));
+}
+
+TEST(FindModel, NamesARunWithoutCheckpoints) {
+  const test::TempFolder folder;
+  std::filesystem::create_directories(folder.path("run/checkpoints"));
+  EXPECT_THAT(THROWN_TEXT(std::runtime_error, find_model(folder.path("run"))),
+              HasSubstr("holds no checkpoint yet"));
+}
+
+TEST(ConfigIn, IsWhatTheRunWasGiven) {
+  const test::TempFolder folder;
+  make_corpus(folder, "corpus", 2000);
+  const RunConfig config = small_run(folder, "run");
+  Trainer(config).run();
+  const auto inside = config_in(read_weights(find_model(folder.path("run"))));
+  ASSERT_TRUE(inside.has_value());
+  EXPECT_EQ(*inside, resolve_run_config(config));
+}
+
+}  // namespace
+}  // namespace rwkv
