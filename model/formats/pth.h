@@ -12,12 +12,12 @@
 //   torch._utils._rebuild_parameter, torch.*Storage, torch.Size, torch dtypes
 // It builds descriptions and calls nothing. Any other opcode or global is refused by its name.
 //
-// A state dict may be the root or sit under a key of it ("state_dict", "model", "module", ...: the
-// one dict that holds tensors); values that are not tensors beside tensors are passed over, except
-// the marks of ChatRWKV-converted files (_strategy, _version), which are refused: their matrices
-// are rescaled. Prefixes common to all names ("_forward_module.", "module.", "model.") are taken
-// off. Storages may be shared and strides any. Source: PyTorch torch/serialization.py,
-// caffe2/serialize/inline_container.cc.
+// A state dict may be the root or sit under a key of it: the one dict that holds tensors, and of
+// several the one named "state_dict", "model_state_dict", "model", "module" or "weights"; values
+// that are not tensors beside tensors are passed over, except the marks of ChatRWKV-converted files
+// (_strategy, _version), which are refused: their matrices are rescaled. Prefixes common to all
+// names ("_forward_module.", "module.", "model.") are taken off. Storages may be shared and strides
+// any. Source: PyTorch torch/serialization.py, caffe2/serialize/inline_container.cc.
 #pragma once
 
 #include <span>
@@ -32,8 +32,10 @@ bool is_pth(std::span<const std::byte> file);
 // Throws std::runtime_error naming the path, what was found, what was expected: a cut file, entries
 // outside the file, a compressed entry, a big-endian file, a forbidden global or opcode, a tensor
 // that reaches outside its storage, no tensors at all, one name twice.
-// The cost of a hostile file is bounded by its size: no allocation is larger than a small multiple
-// of the bytes that describe it, and nesting is limited.
+// The cost of a hostile file is bounded: a pickle may have 64 MiB and 2^20 values, a tensor 8
+// dimensions, a name 1024 bytes, and all tensors together may be 256 times the file (stride 0 and
+// shared storages let them be more than it). The checksum of data.pkl is compared if there is one
+// (PyTorch can leave it out); those of the tensors are not, for that would read all of them.
 WeightFile read_pth(const std::string& path);
 // Writes the zip container: an OrderedDict of tensors on the CPU, one storage each, data aligned to
 // 64 bytes (torch.load(mmap=True) wants it), zip64 where needed. torch.load(weights_only=True,
