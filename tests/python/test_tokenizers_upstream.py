@@ -1,5 +1,5 @@
 """Our tokenizers against the packages they follow: rwkv, tokenizers and sentencepiece, on whole
-corpora. Run by ctest, which says where encode_ids is (ROOKERY_ENCODE_IDS).
+corpora. Run by ctest, which gives the path of encode_ids.
 
 A package or corpus that is not there skips its tests; in CI (environment variable CI) it fails them.
 """
@@ -10,6 +10,7 @@ import os
 import pathlib
 import random
 import subprocess
+import sys
 import tempfile
 import unicodedata
 import unittest
@@ -43,7 +44,7 @@ def data_file(test, name):
 
 
 def run_encode_ids(*arguments):
-    subprocess.run([os.environ["ROOKERY_ENCODE_IDS"], *map(str, arguments)], check=True,
+    subprocess.run([ENCODE_IDS, *map(str, arguments)], check=True,
                    stdout=subprocess.DEVNULL)
 
 
@@ -194,4 +195,5 @@ class Sentencepiece(TokenizerTest):
 
 
 if __name__ == "__main__":
+    ENCODE_IDS = os.path.abspath(sys.argv.pop(1))
     unittest.main()
