@@ -41,7 +41,8 @@ std::string make_corpus(const test::TempFolder& folder,
 }
 
 RunConfig small_run(const test::TempFolder& folder, const std::string& run) {
-  RunConfig config{.model = {.n_layer = 2, .n_embd = 24, .dim_att = 32, .dim_ffn = 40, .ctx_len = 16}};
+  RunConfig config;
+  config.model = {.n_layer = 2, .n_embd = 24, .dim_att = 32, .dim_ffn = 40, .ctx_len = 16};
   config.data.train = folder.path("corpus");
   config.train.run_dir = folder.path(run);
   config.train.batch_size = 4;

@@ -132,10 +132,10 @@ INSTANTIATE_TEST_SUITE_P(Sizes,
                                          std::tuple{3, 65, 65},
                                          std::tuple{1, 129, 48},
                                          std::tuple{2, 257, 7}),
-                         [](const auto& info) {
-                           return "B" + std::to_string(std::get<0>(info.param)) + "_T" +
-                                  std::to_string(std::get<1>(info.param)) + "_A" +
-                                  std::to_string(std::get<2>(info.param));
+                         [](const auto& size) {
+                           return "B" + std::to_string(std::get<0>(size.param)) + "_T" +
+                                  std::to_string(std::get<1>(size.param)) + "_A" +
+                                  std::to_string(std::get<2>(size.param));
                          });
 
 // Golden outputs with k from -95 to 95, where the definition overflows fp32.
