@@ -398,6 +398,26 @@ TEST(ReadPth, RefusesFilesWithoutAStateDict) {
               none);
 }
 
+TEST(ReadPth, LooksAtASharedDictOnce) {
+  // Four levels of 1000 references to the level below: 10^12 ways down, four dicts.
+  std::string pickle = "\x80\x04}\x94";
+  for (int level = 0; level < 4; ++level) {
+    pickle += "}\x94(";
+    for (int i = 0; i < 1000; ++i) {
+      pickle += "Nh" + std::string(1, static_cast<char>(level));
+    }
+    pickle += 'u';
+  }
+  // The levels lie under each other on the stack; only the last is the root.
+  pickle +=
+      "\x94"
+      "0000" +
+      "0h\x04."s;
+  const test::TempFolder folder;
+  EXPECT_THAT(THROWN_TEXT(std::runtime_error, read_pth(write_zip(folder, {{"data.pkl", pickle}}))),
+              HasSubstr("holds no dict of tensors"));
+}
+
 TEST(ReadPth, RefusesFilesThatChatRwkvConverted) {
   for (const char* mark : {"_strategy", "_version"}) {
     EXPECT_THAT(pickled_refusal([&](PickleWriter& writer) {

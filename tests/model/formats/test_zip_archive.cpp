@@ -98,6 +98,10 @@ TEST(ZipArchive, ReadsPyTorchsFilesWithDescriptorsAndLocalSizesOfZero) {
 TEST(ZipArchive, FindsTheDirectoryBeforeAComment) {
   const std::string zip = changed(small_zip(), -2, uint16_t{300}) + std::string(300, 'c');
   EXPECT_EQ(ZipArchive(as_bytes_of(zip), "a.zip").entries().size(), 3u);
+  // A comment that holds the mark of an end record is not one.
+  const std::string marked =
+      changed(small_zip(), -2, uint16_t{54}) + "PK\x05\x06" + std::string(50, 'c');
+  EXPECT_EQ(ZipArchive(as_bytes_of(marked), "a.zip").entries().size(), 3u);
 }
 
 TEST(ZipArchive, RefusesEveryTruncation) {
