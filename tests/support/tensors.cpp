@@ -42,6 +42,11 @@ at::Tensor load_raw(const std::string& path, at::ScalarType dtype, at::IntArrayR
   return tensor;
 }
 
+double relative_l2(const at::Tensor& actual, const at::Tensor& expected) {
+  const at::Tensor wanted = expected.detach().to(at::kDouble);
+  return ((actual.detach().to(at::kDouble) - wanted).norm() / wanted.norm()).item<double>();
+}
+
 testing::AssertionResult close_l2(const at::Tensor& actual,
                                   const at::Tensor& expected,
                                   double relative) {
