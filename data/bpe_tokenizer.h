@@ -4,7 +4,8 @@
 // Encoding, in this order:
 //   1. added tokens with "normalized": false (<|endoftext|>, <|padding|>) are cut out of the raw
 //      text wherever they stand: text from strangers can thus name the end of a document
-//   2. each stretch between them is brought to Unicode form C
+//   2. each stretch between them is brought to Unicode form C (by the tables of utf8proc; those of
+//      upstream are of Unicode 9 and leave combining marks added since in another order)
 //   3. added tokens with "normalized": true (runs of 2 to 24 spaces) are cut out, leftmost, longest
 //   4. the rest is split by GPT-2's rule into words, numbers, punctuation and white space
 //   5. each piece is merged byte pair by byte pair (bpe_merges.h)
