@@ -26,7 +26,7 @@ struct NgramBaseline {
 // Throws std::runtime_error naming the file if an id is not below vocab_size or if the validation
 // corpus has fewer than two tokens; std::invalid_argument if vocab_size is not in 1 .. 2^31.
 // Memory: about 40 bytes for each different pair of neighbours in training (tens of millions in a
-// corpus of a billion tokens) and 24 an id. Time: about 0.1 microseconds a token.
+// corpus of a billion tokens) and 24 an id. Time: a few tenths of a microsecond a token.
 NgramBaseline ngram_baseline(const BinidxFile& train,
                              const BinidxFile& validation,
                              int64_t vocab_size);
