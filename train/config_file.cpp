@@ -224,6 +224,59 @@ bool takes_plain_text(const ConfigTarget& target) {
          std::holds_alternative<EnumTarget>(target);
 }
 
+struct TextError {
+  int64_t line;
+  std::string what;
+};
+
+// Finds what toml++ 3.3 must not be given, because its search for white space runs into undefined
+// behaviour on some characters above U+007F: such a character outside of quotes and comments, which
+// TOML has no use for (a quotation mark of a word processor is the usual one), or a string in
+// triple quotes, in which that search runs too. Stops where toml++ will stop with an error of its
+// own.
+std::optional<TextError> find_unreadable(std::string_view text) {
+  if (text.starts_with("\xef\xbb\xbf")) {
+    text.remove_prefix(3);  // a byte order mark
+  }
+  int64_t line = 1;
+  char inside = 0;  // the quote of a string, '#' of a comment, or 0
+  for (size_t i = 0; i < text.size(); ++i) {
+    const char c = text[i];
+    if (c == '\n') {
+      if (inside == '"' || inside == '\'') {
+        return std::nullopt;
+      }
+      ++line;
+      inside = 0;
+    } else if (inside != 0) {
+      if (inside == '"' && c == '\\' && i + 1 < text.size() && text[i + 1] != '\n') {
+        ++i;
+      } else if (inside != '#' && c == inside) {
+        inside = 0;
+      }
+    } else if (c == '"' || c == '\'') {
+      if (text.substr(i, 3) == std::string(3, c)) {
+        return TextError{line, "a string in triple quotes; write it in single ones, on one line"};
+      }
+      if (i > 0 && std::string_view(" \t\n=,.[{").find(text[i - 1]) == text.npos) {
+        return TextError{line, std::string(1, c) + " stands inside of a word"};
+      }
+      inside = c;
+    } else if (c == '#') {
+      inside = c;
+    } else if (static_cast<unsigned char>(c) > 0x7f) {
+      size_t end = i + 1;
+      while (end < text.size() && (static_cast<unsigned char>(text[end]) & 0xc0) == 0x80) {
+        ++end;
+      }
+      return TextError{line,
+                       std::string(text.substr(i, end - i)) +
+                           " stands outside of quotes; only \"strings\" and comments may hold it"};
+    }
+  }
+  return std::nullopt;
+}
+
 // The table { value = <text> } of an option's value. A bare word, and anything unquoted for a field
 // that is a string, is read as if it stood in quotes; that also refuses text that is not UTF-8,
 // which no TOML file could hold.
@@ -234,8 +287,12 @@ toml::table parse_option_value(const std::string& place,
   const auto parse = [](std::string_view value) {
     return toml::parse("value = " + std::string(value));
   };
+  const auto unreadable = find_unreadable(text);
+  if (unreadable && marked) {
+    fail(place, unreadable->what);
+  }
   try {
-    if (!marked && takes_plain_text(field.target)) {
+    if (!marked && (unreadable || takes_plain_text(field.target))) {
       return parse(to_config_text(text));
     }
     try {
@@ -346,6 +403,9 @@ const ConfigField& ConfigReader::require_field(const std::string& place,
 
 void ConfigReader::read(std::string_view text, const std::string& name) {
   file_name_ = name;
+  if (const auto unreadable = find_unreadable(text)) {
+    fail(name + ":" + std::to_string(unreadable->line), unreadable->what);
+  }
   toml::table document;
   try {
     document = toml::parse(text, name);

@@ -339,9 +339,10 @@ TEST(RunConfigDerived, CountsTheStepsOfEachKindOfLength) {
   EXPECT_EQ(config.total_steps(11), 11);
   config.train.total_epochs = 0.5;
   EXPECT_EQ(config.total_steps(100), 25);
-  // 1.1 * 20 is 22.000000000000004 in doubles.
+  // 1.1 * 50 is 55.00000000000001 in doubles, and 55 samples are 11 steps of 5.
+  config.train.batch_tokens = 5 * 256;
   config.train.total_epochs = 1.1;
-  EXPECT_EQ(config.total_steps(20), 11);
+  EXPECT_EQ(config.total_steps(50), 11);
   config.train.total_epochs = 1e-9;
   EXPECT_EQ(config.total_steps(20), 1);
 }
