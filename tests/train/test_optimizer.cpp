@@ -70,14 +70,15 @@ TEST(Optimizer, KeepsFp32MastersOfABf16Model) {
   EXPECT_TRUE(test::same_bits(optimizer.master_weights().back().second, before));
   at::Tensor parameter = model->named_parameters()["head.weight"];
   EXPECT_EQ(parameter.scalar_type(), at::kBFloat16);
-  // Steps far below bf16's resolution add up in the master and then show in the weight.
+  // Steps far below bf16's resolution add up in the master and then show in the weight. (200 of
+  // them, each rounded to fp32 at 2, may be off by 2.4e-5.)
   for (int i = 0; i < 200; ++i) {
     optimizer.zero_gradient();
     parameter.mutable_grad() = at::ones_like(parameter);
     optimizer.accumulate_gradient();
     optimizer.step(1e-4, optimizer.gradient_norm());
   }
-  EXPECT_TRUE(test::close_max(optimizer.master_weights().back().second, before - 0.02, 1e-5));
+  EXPECT_TRUE(test::close_max(optimizer.master_weights().back().second, before - 0.02, 5e-5));
   EXPECT_TRUE(
       test::same_bits(parameter, optimizer.master_weights().back().second.to(at::kBFloat16)));
 }

@@ -118,12 +118,13 @@ void expect_close(const Results& actual,
   }
 }
 
-// Allows twice the error that the definition has in fp32, and the rounding of the result.
+// Allows twice the error that the definition has in fp32, and what the running maximum costs beside
+// it: p is rounded once a token, and an exponent of 20 is known to 1e-6.
 void expect_as_close_as_plain_fp32(const Results& actual,
                                    const Results& expected,
                                    const Results& plain) {
   for (const Compared& item : kCompared) {
-    const double allowed = 2 * test::relative_l2(plain.*item.tensor, expected.*item.tensor) + 2e-7;
+    const double allowed = 2 * test::relative_l2(plain.*item.tensor, expected.*item.tensor) + 3e-6;
     EXPECT_TRUE(test::close_l2(actual.*item.tensor, expected.*item.tensor, allowed)) << item.name;
   }
 }
