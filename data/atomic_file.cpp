@@ -24,7 +24,8 @@ AtomicFile::AtomicFile(std::string path)
     : path_(std::move(path)), partial_path_(path_ + ".partial-" + std::to_string(::getpid())) {
   fd_ = ::open(partial_path_.c_str(), O_WRONLY | O_CREAT | O_TRUNC | O_CLOEXEC, 0666);
   if (fd_ < 0) {
-    throw std::runtime_error(path_ + ": cannot be created: " + std::strerror(errno));
+    throw std::runtime_error(path_ + ": cannot be created: " + std::strerror(errno) +
+                             "; is its folder there, and writable?");
   }
 }
 

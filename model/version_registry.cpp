@@ -10,18 +10,24 @@ namespace {
 
 const std::array kVersions = {rwkv4_version()};
 
+std::string known_names() {
+  std::string names;
+  for (const ModelVersion& version : kVersions) {
+    names.append(names.empty() ? "" : ", ").append(version.name);
+  }
+  return names;
+}
+
 }  // namespace
 
 const ModelVersion& find_version(std::string_view name) {
-  std::string known;
   for (const ModelVersion& version : kVersions) {
     if (version.name == name) {
       return version;
     }
-    known += (known.empty() ? "" : ", ") + std::string(version.name);
   }
   throw std::invalid_argument("model.version = \"" + std::string(name) +
-                              "\": no such version; known are " + known);
+                              "\": no such version; known are " + known_names());
 }
 
 const ModelVersion& recognise_version(const TensorShapes& shapes) {
@@ -31,8 +37,7 @@ const ModelVersion& recognise_version(const TensorShapes& shapes) {
     }
   }
   throw std::runtime_error("holds " + std::to_string(shapes.size()) +
-                           " tensors of no RWKV version known here (looked for emb.weight, "
-                           "blocks.0.att.time_decay, ...)");
+                           " tensors of no RWKV version known here; known are " + known_names());
 }
 
 }  // namespace rwkv

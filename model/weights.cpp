@@ -110,6 +110,11 @@ void load_weights(RwkvModel& model, const WeightFile& file) {
                                ", n_layer = " + std::to_string(model->config().n_layer) +
                                ", vocab_size = " + std::to_string(model->config().vocab_size));
     }
+    if (!at::isFloatingType(to_scalar_type(stored->dtype))) {
+      throw std::runtime_error(file.path + ": " + item.key() + " has elements of type " +
+                               std::string(name_of(stored->dtype)) +
+                               ", expected a float type; is the model quantized?");
+    }
     item.value().copy_(to_tensor(*stored).view(item.value().sizes()));
   }
   for (const StoredTensor& stored : file.tensors) {
@@ -128,7 +133,9 @@ RwkvModel open_model(const std::string& path, at::ScalarType dtype) {
   ModelConfig config;
   try {
     config = recognise_version(shapes).config_of(shapes);
-  } catch (const std::runtime_error& error) {
+    // Sizes from a file are the file's mistakes, not the user's values.
+    config.validate();
+  } catch (const std::exception& error) {
     throw std::runtime_error(file.path + ": " + error.what());
   }
   RwkvModel model(config);

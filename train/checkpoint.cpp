@@ -139,6 +139,16 @@ SavedRun read_saved_run(const std::string& checkpoint) {
   } catch (const nlohmann::json::exception& error) {
     throw std::runtime_error(state_path + ": not the state of a trainer: " + error.what());
   }
+  const TrainerState& state = saved.state;
+  if (state.step < 0 || state.samples != state.step * saved.config.batch_sequences() ||
+      state.tokens != state.step * saved.config.tokens_per_step()) {
+    throw std::runtime_error(
+        state_path + ": step " + std::to_string(state.step) + ", samples " +
+        std::to_string(state.samples) + " and tokens " + std::to_string(state.tokens) +
+        " do not go together, expected " + std::to_string(saved.config.batch_sequences()) +
+        " samples and " + std::to_string(saved.config.tokens_per_step()) +
+        " tokens a step; delete the checkpoint to go on from the one before");
+  }
   return saved;
 }
 

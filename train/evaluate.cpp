@@ -20,26 +20,12 @@ at::Tensor read_windows(
   for (int64_t row = 0; row < rows; ++row) {
     const std::span<int64_t> window(data + row * (len + 1), static_cast<size_t>(len + 1));
     corpus.read(begin + row * len, window);
-    check_token_ids(window, vocab_size, corpus, begin + row * len);
+    require_ids_below(vocab_size, corpus, begin + row * len, window);
   }
   return ids;
 }
 
 }  // namespace
-
-void check_token_ids(std::span<const int64_t> ids,
-                     int64_t vocab_size,
-                     const BinidxFile& corpus,
-                     int64_t begin) {
-  for (size_t i = 0; i < ids.size(); ++i) {
-    if (ids[i] < 0 || ids[i] >= vocab_size) {
-      throw std::runtime_error(
-          corpus.prefix() + ".bin: token " + std::to_string(begin + static_cast<int64_t>(i)) +
-          " has id " + std::to_string(ids[i]) + ", but the model's vocabulary is " +
-          std::to_string(vocab_size) + "; was the corpus made with another tokenizer?");
-    }
-  }
-}
 
 Evaluation evaluate(RwkvModel model, const BinidxFile& corpus, const EvaluateOptions& options) {
   const at::NoGradGuard no_grad;

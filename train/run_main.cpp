@@ -1,8 +1,10 @@
 #include "train/run_main.h"
 
+#include <cstdio>
 #include <iostream>
 #include <new>
 #include <stdexcept>
+#include <string>
 #include <string_view>
 
 #include <c10/util/Exception.h>
@@ -22,13 +24,23 @@ int report(int code, std::string_view text) {
   return code;
 }
 
+// What a command printed is its result: a full disk must not look like success.
+void flush_result() {
+  std::cout.flush();
+  if (!std::cout || std::fflush(stdout) != 0 || std::ferror(stdout) != 0) {
+    throw std::runtime_error("the result cannot be written to standard output; is the disk full?");
+  }
+}
+
 }  // namespace
 
 int run_main(const std::function<int()>& command) {
   spdlog::set_default_logger(spdlog::stderr_color_mt("rookery"));
   spdlog::set_pattern("%H:%M:%S %v");
   try {
-    return command();
+    const int code = command();
+    flush_result();
+    return code;
   } catch (const cxxopts::exceptions::exception& error) {
     return report(kExitUsage, std::string(error.what()) + "; --help lists the options");
   } catch (const std::invalid_argument& error) {

@@ -4,6 +4,7 @@
 #include <cmath>
 #include <filesystem>
 #include <stdexcept>
+#include <system_error>
 
 #include <ATen/ATen.h>
 #include <ATen/Parallel.h>
@@ -63,6 +64,17 @@ void resolve_vocab_size(ModelConfig& model, const BinidxFile& corpus) {
   }
 }
 
+SampleOrder make_order(const RunConfig& config, const BinidxFile& corpus) {
+  try {
+    return SampleOrder(config.data.order,
+                       corpus.num_tokens(),
+                       config.model.ctx_len,
+                       static_cast<uint64_t>(config.train.seed));
+  } catch (const std::invalid_argument& error) {
+    throw std::invalid_argument(corpus.prefix() + ".bin: " + error.what());
+  }
+}
+
 at::ScalarType scalar_type(TrainDtype dtype) {
   return dtype == TrainDtype::kBf16 ? at::kBFloat16 : at::kFloat;
 }
@@ -92,10 +104,7 @@ RunConfig resolve_run_config(RunConfig config) {
 Trainer::Trainer(const RunConfig& config)
     : config_(resolve_run_config(config)),
       train_corpus_(config_.data.train),
-      order_(config_.data.order,
-             train_corpus_.num_tokens(),
-             config_.model.ctx_len,
-             static_cast<uint64_t>(config_.train.seed)),
+      order_(make_order(config_, train_corpus_)),
       total_steps_(config_.total_steps(order_.samples_per_epoch())),
       model_(config_.model) {
   config_.schedule.validate_for(config_.total_tokens(order_.samples_per_epoch()));
@@ -128,7 +137,12 @@ void Trainer::start() {
     load_optimizer(*checkpoint, state_, *optimizer_);
     spdlog::info("going on from {}", *checkpoint);
   }
-  std::filesystem::create_directories(run_dir);
+  std::error_code error;
+  std::filesystem::create_directories(run_dir, error);
+  if (error) {
+    throw std::runtime_error(run_dir + ": cannot be made the run's folder: " + error.message() +
+                             "; name another train.run_dir");
+  }
   AtomicFile file((std::filesystem::path(run_dir) / "config.toml").string());
   file.write(to_toml(config_));
   file.commit();

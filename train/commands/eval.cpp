@@ -1,6 +1,7 @@
 #include <cmath>
 #include <cstdio>
 #include <iostream>
+#include <optional>
 
 #include <ATen/ATen.h>
 
@@ -48,6 +49,10 @@ int eval_command(int argc, char** argv) {
   const ComputeDtype dtype = parse_dtype((*parsed)["dtype"].as<std::string>());
   const std::string path = find_model((*parsed)["model"].as<std::string>());
   const BinidxFile corpus((*parsed)["data"].as<std::string>());
+  std::optional<BinidxFile> counted;
+  if (parsed->count("baseline") > 0) {
+    counted.emplace((*parsed)["baseline"].as<std::string>());
+  }
   const auto trained_as = config_in(read_weights(path));
   int64_t ctx_len = trained_as ? trained_as->model.ctx_len : 1024;
   if (parsed->count("ctx-len") > 0) {
@@ -59,6 +64,11 @@ int eval_command(int argc, char** argv) {
   }
   const RwkvModel model =
       open_model(path, dtype == ComputeDtype::kBf16 ? at::kBFloat16 : at::kFloat);
+  // Counted first, and printed last: a failure leaves no half result on stdout.
+  std::optional<NgramBaseline> baseline;
+  if (counted) {
+    baseline = ngram_baseline(*counted, corpus, model->config().vocab_size);
+  }
   const Evaluation result = evaluate(model, corpus, {.ctx_len = ctx_len, .batch_size = batch_size});
 
   const auto& record = corpus.tokenizer_record();
@@ -70,11 +80,9 @@ int eval_command(int argc, char** argv) {
               static_cast<long long>(result.num_tokens),
               static_cast<long long>(ctx_len));
   print_row("model", result.loss, bytes_per_token);
-  if (parsed->count("baseline") > 0) {
-    const BinidxFile counted((*parsed)["baseline"].as<std::string>());
-    const NgramBaseline baseline = ngram_baseline(counted, corpus, model->config().vocab_size);
-    print_row("bigram", baseline.bigram_loss, bytes_per_token);
-    print_row("unigram", baseline.unigram_loss, bytes_per_token);
+  if (baseline) {
+    print_row("bigram", baseline->bigram_loss, bytes_per_token);
+    print_row("unigram", baseline->unigram_loss, bytes_per_token);
   }
   return 0;
 }

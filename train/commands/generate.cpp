@@ -71,6 +71,10 @@ int generate_command(int argc, char** argv) {
                                  .top_p = (*parsed)["top-p"].as<double>(),
                                  .top_k = (*parsed)["top-k"].as<int64_t>()};
   sampling.validate();
+  const int64_t length = (*parsed)["length"].as<int64_t>();
+  if (length < 0) {
+    throw std::invalid_argument("--length " + std::to_string(length) + ": must be 0 or more");
+  }
   const ComputeDtype dtype = parse_dtype((*parsed)["dtype"].as<std::string>());
   const std::string path = find_model((*parsed)["model"].as<std::string>());
   const auto tokenizer = open_tokenizer(tokenizer_spec(*parsed, path));
@@ -97,7 +101,7 @@ int generate_command(int argc, char** argv) {
   const at::Tensor prompt_1T = at::tensor(ids, at::kInt).to(at::kLong).unsqueeze(0);
   auto output = model->forward_last(prompt_1T, model->initial_state(1));
   std::cout << prompt << std::flush;
-  for (int64_t i = 0; i < (*parsed)["length"].as<int64_t>(); ++i) {
+  for (int64_t i = 0; i < length; ++i) {
     const int64_t token = sample_token(output.logits_BV[0], sampling, generator);
     if ((end && token == *end) || token >= tokenizer->vocab_size()) {
       break;

@@ -1,0 +1,161 @@
+"""Models that we trained, in the programs they are written for: PyTorch, safetensors, rwkv.
+
+Run by ctest as: test_peers.py PATH_OF_ROOKERY. A package that is missing skips its test; in CI it
+fails it.
+"""
+
+import collections
+import os
+import pathlib
+import tempfile
+import unittest
+
+import support
+from support import rookery
+
+# No size divides another, so that a transposed or a mixed-up tensor cannot fit.
+MODEL = {"version": "rwkv4", "n_layer": 3, "n_embd": 24, "dim_ffn": 56, "vocab_size": 260,
+         "ctx_len": 32}
+TOKENS = [72, 101, 32, 119, 101, 110, 116, 46, 10, 0, 255] + [7 * i % 251 for i in range(53)]
+
+
+def expected_shapes():
+    c, f, v = MODEL["n_embd"], MODEL["dim_ffn"], MODEL["vocab_size"]
+    shapes = {"emb.weight": (v, c), "head.weight": (v, c),
+              "ln_out.weight": (c,), "ln_out.bias": (c,),
+              "blocks.0.ln0.weight": (c,), "blocks.0.ln0.bias": (c,)}
+    for layer in range(MODEL["n_layer"]):
+        of_block = {"ln1.weight": (c,), "ln1.bias": (c,), "ln2.weight": (c,), "ln2.bias": (c,),
+                    "att.time_decay": (c,), "att.time_first": (c,),
+                    "ffn.key.weight": (f, c), "ffn.value.weight": (c, f),
+                    "ffn.receptance.weight": (c, c)}
+        for name in ("k", "v", "r"):
+            of_block[f"att.time_mix_{name}"] = (1, 1, c)
+        for name in ("k", "r"):
+            of_block[f"ffn.time_mix_{name}"] = (1, 1, c)
+        for name in ("key", "value", "receptance", "output"):
+            of_block[f"att.{name}.weight"] = (c, c)
+        shapes |= {f"blocks.{layer}.{name}": shape for name, shape in of_block.items()}
+    return shapes
+
+
+def bits(tensor):
+    import torch
+
+    return tensor.detach().contiguous().reshape(-1).view(torch.uint8).numpy().tobytes()
+
+
+class TrainedModel(unittest.TestCase):
+    @classmethod
+    def setUpClass(cls):
+        cls.torch = support.package("torch")
+        folder = tempfile.TemporaryDirectory()
+        cls.addClassCleanup(folder.cleanup)
+        cls.folder = pathlib.Path(folder.name)
+        support.write_text(cls.folder / "text.txt", support.text_lines(900))
+        rookery("tokenize", "--tokenizer", "bytes", "--output", "text", "text.txt",
+                cwd=cls.folder)
+        support.write_config(cls.folder / "run.toml", **support.small_run(
+            {"train": "text"}, model=MODEL, total_steps=100))
+        rookery("train", "--config", "run.toml", cwd=cls.folder)
+        rookery("convert", "run", "model.pth", cwd=cls.folder)
+
+    def path(self, name):
+        return str(self.folder / name)
+
+    def load(self, name):
+        return self.torch.load(self.path(name), weights_only=True, mmap=True)
+
+    def our_logits(self, model, *options):
+        file = support.package("safetensors.torch")
+        rookery("logits", "--model", model, "--tokens", ",".join(map(str, TOKENS)), "--all",
+                "--output", "logits.safetensors", *options, cwd=self.folder)
+        return file.load_file(self.path("logits.safetensors"))["logits"]
+
+    def test_has_learnt_in_every_tensor(self):
+        # The rest of this file says little of a model whose inner matrices are still zero.
+        weights = self.load("model.pth")
+        for name, tensor in weights.items():
+            self.assertGreater(tensor.abs().max().item(), 1e-3, name)
+            self.assertGreater(tensor.float().std().item(), 1e-4, name)
+
+    def test_loads_in_torch_with_the_names_shapes_and_types_of_upstream(self):
+        weights = self.load("model.pth")
+        self.assertIs(type(weights), collections.OrderedDict)
+        self.assertEqual({name: tuple(tensor.shape) for name, tensor in weights.items()},
+                         expected_shapes())
+        self.assertEqual({tensor.dtype for tensor in weights.values()}, {self.torch.float32})
+
+    def test_loads_in_safetensors_as_it_does_in_torch(self):
+        file = support.package("safetensors.torch")
+        rookery("convert", "model.pth", "model.safetensors", cwd=self.folder)
+        theirs = file.load_file(self.path("model.safetensors"))
+        weights = self.load("model.pth")
+        self.assertEqual(set(theirs), set(weights))
+        for name, tensor in weights.items():
+            self.assertEqual(theirs[name].shape, tensor.shape, name)
+            self.assertEqual(bits(theirs[name]), bits(tensor), name)
+
+    def test_a_checkpoint_is_itself_a_file_for_safetensors(self):
+        safetensors = support.package("safetensors")
+        path = self.path("run/checkpoints/step_00000100/model.safetensors")
+        weights = self.load("model.pth")
+        with safetensors.safe_open(path, "pt") as file:
+            self.assertEqual(file.metadata()["format"], "pt")
+            self.assertEqual(set(file.keys()), set(weights))
+            for name, tensor in weights.items():
+                self.assertEqual(bits(file.get_tensor(name)), bits(tensor), name)
+
+    def test_converted_to_bf16_and_fp16_is_what_torch_makes_of_it(self):
+        weights = self.load("model.pth")
+        for option, dtype in (("bf16", self.torch.bfloat16), ("fp16", self.torch.float16)):
+            with self.subTest(option):
+                rookery("convert", "run", f"{option}.pth", "--dtype", option, cwd=self.folder)
+                converted = self.load(f"{option}.pth")
+                self.assertEqual(list(converted), list(weights))
+                for name, tensor in weights.items():
+                    self.assertEqual(converted[name].dtype, dtype, name)
+                    self.assertEqual(bits(converted[name]), bits(tensor.to(dtype)), name)
+
+    def test_saved_again_by_torch_gives_us_the_same_logits(self):
+        weights = self.load("model.pth")
+        self.torch.save(dict(weights), self.path("again.pth"))
+        self.torch.save(dict(weights), self.path("legacy.pth"),
+                        _use_new_zipfile_serialization=False)
+        expected = self.our_logits("run")
+        for name in ("again.pth", "legacy.pth"):
+            with self.subTest(name):
+                self.assertTrue(self.torch.equal(self.our_logits(name), expected))
+
+    def test_gives_the_same_logits_in_the_rwkv_package(self):
+        os.environ["RWKV_JIT_ON"] = "0"
+        upstream = support.package("rwkv.model")
+        model = upstream.RWKV(model=self.path("model.pth"), strategy="cpu fp32", verbose=False)
+        expected, _ = model.forward(TOKENS, None, full_output=True)
+        for mode in ("parallel", "recurrent"):
+            with self.subTest(mode):
+                difference = (self.our_logits("run", "--mode", mode) - expected).abs().max().item()
+                self.assertLess(difference, 1e-4)
+        # Differences this small mean little if the logits hardly depend on what came before.
+        alone, _ = model.forward(TOKENS[-1:], None)
+        self.assertGreater((alone - expected[-1]).abs().max().item(), 0.5)
+
+    def test_continues_a_prompt_as_the_rwkv_package_does(self):
+        os.environ["RWKV_JIT_ON"] = "0"
+        upstream = support.package("rwkv.model")
+        model = upstream.RWKV(model=self.path("model.pth"), strategy="cpu fp32", verbose=False)
+        prompt = b"The little"
+        logits, state = model.forward(list(prompt), None)
+        theirs = bytearray(prompt)
+        for _ in range(80):
+            token = int(logits[:256].argmax())
+            theirs.append(token)
+            logits, state = model.forward([token], state)
+        ours = rookery("generate", "--model", "run", "--tokenizer", "bytes",
+                       "--prompt", prompt.decode(), "--length", 80, "--temperature", 0,
+                       cwd=self.folder)
+        self.assertEqual(ours, bytes(theirs) + b"\n")
+
+
+if __name__ == "__main__":
+    support.main()

@@ -1,0 +1,262 @@
+"""The path of a user through the program: text, tokens, training, checkpoint, text.
+
+Run by ctest as: test_program.py PATH_OF_ROOKERY.
+"""
+
+import json
+import math
+import pathlib
+import re
+import struct
+import tempfile
+import tomllib
+import unittest
+
+import support
+from support import rookery
+
+COMMANDS = ("tokenize", "train", "eval", "generate", "logits", "convert", "tokenizer train")
+
+
+def losses(text):
+    """{"model": 1.23, "unigram": 2.34, ...} of what `rookery eval` prints."""
+    found = re.findall(r"^(\w+) +loss (\d+\.\d+)  perplexity +(\d+\.\d+)", text.decode(), re.M)
+    for name, loss, perplexity in found:
+        if abs(math.exp(float(loss)) / float(perplexity) - 1) > 1e-2:
+            raise AssertionError(f"{name}: perplexity {perplexity} is not exp({loss})")
+    return {name: float(loss) for name, loss, _ in found}
+
+
+def read_logits(path):
+    """Rows of the one tensor "logits"."""
+    tensors = support.read_safetensors(path)
+    dtype, (rows, columns), content = tensors.pop("logits")
+    if tensors or dtype != "F32":
+        raise AssertionError(f"{path}: {dtype} logits beside {list(tensors)}")
+    flat = struct.unpack(f"<{rows * columns}f", content)
+    return [flat[row * columns : (row + 1) * columns] for row in range(rows)]
+
+
+def greatest_difference(a, b):
+    return max(abs(x - y) for row_a, row_b in zip(a, b, strict=True)
+               for x, y in zip(row_a, row_b, strict=True))
+
+
+class Path:
+    """The tests, for one tokenizer each in the classes below: everything is made once, from text to
+    a trained model, and the tests look at it."""
+
+    tokenizer = ""
+    # Where the first token of the samples starts; 64 of them are the reference sequence below.
+    prompt = "The little"
+
+    @classmethod
+    def setUpClass(cls):
+        folder = tempfile.TemporaryDirectory()
+        cls.addClassCleanup(folder.cleanup)
+        cls.folder = pathlib.Path(folder.name)
+        support.write_text(cls.folder / "train.txt", support.text_lines(900, seed=1))
+        # As rows of JSON: the other kind of text.
+        rows = [json.dumps({"id": i, "text": line + "\n"})
+                for i, line in enumerate(support.text_lines(200, seed=2))]
+        support.write_text(cls.folder / "validation.jsonl", rows)
+        cls.make_tokenizer()
+        for name in ("train.txt", "validation.jsonl"):
+            rookery("tokenize", "--tokenizer", cls.tokenizer,
+                    "--output", name.partition(".")[0], name, cwd=cls.folder)
+        support.write_config(cls.folder / "run.toml", **support.small_run(
+            {"train": "train", "validation": "validation", "tokenizer": cls.tokenizer},
+            total_steps=60, log_every_steps=20))
+        cls.trained = support.run("train", "--config", "run.toml", cwd=cls.folder)
+
+    @classmethod
+    def make_tokenizer(cls):
+        pass
+
+    def rookery(self, *arguments):
+        return rookery(*arguments, cwd=self.folder)
+
+    def ids(self, count=64):
+        return ",".join(str(3 + 7 * i % 250) for i in range(count))
+
+    def logits(self, model, *options):
+        self.rookery("logits", "--model", model, "--tokens", self.ids(), "--all",
+                     "--output", "logits.safetensors", *options)
+        return read_logits(self.folder / "logits.safetensors")
+
+    def test_training_ends_well_and_logs_to_stderr_alone(self):
+        self.assertEqual(self.trained.returncode, 0, self.trained.stderr.decode())
+        self.assertEqual(self.trained.stdout, b"")
+        self.assertRegex(self.trained.stderr.decode(), r"step +60/60 .* \| val ")
+        self.assertEqual([row["step"] for row in support.metrics(self.folder / "run")],
+                         [1, 20, 40, 60])
+        self.assertEqual(support.checkpoints(self.folder / "run"), ["step_00000060"])
+
+    def test_the_model_is_much_better_than_counting_tokens(self):
+        result = losses(self.rookery("eval", "--model", "run", "--data", "validation",
+                                     "--baseline", "train"))
+        self.assertEqual(set(result), {"model", "bigram", "unigram"})
+        self.assertLess(result["bigram"], result["unigram"])
+        self.assertLess(result["model"], 0.7 * result["unigram"])
+        # What training measured at its end is what eval measures.
+        last = support.metrics(self.folder / "run")[-1]["validation_loss"]
+        self.assertAlmostEqual(last, result["model"], delta=2e-4)
+
+    def test_eval_counts_every_token_but_the_first_and_knows_the_bytes_of_the_text(self):
+        record = json.loads((self.folder / "validation.tokenizer.json").read_text())
+        text = self.rookery("eval", "--model", "run", "--data", "validation").decode()
+        self.assertIn(f"validation: {record['num_tokens'] - 1} tokens predicted, 32 at a time\n",
+                      text)
+        rows = (self.folder / "validation.jsonl").read_text().splitlines()
+        text_bytes = sum(len(json.loads(row)["text"]) for row in rows)
+        self.assertEqual(record["text_bytes"], text_bytes)
+        loss, bits = map(float, re.search(r"loss (\S+) .* bits per byte (\S+)", text).groups())
+        self.assertAlmostEqual(bits, loss / math.log(2) * record["num_tokens"] / text_bytes,
+                               delta=1e-3)
+
+    def test_the_same_seed_gives_the_same_text_and_another_seed_another(self):
+        def sample(seed):
+            return self.rookery("generate", "--model", "run", "--prompt", self.prompt,
+                                "--length", 60, "--seed", seed)
+        first = sample(1)
+        self.assertEqual(first, sample(1))
+        self.assertNotEqual(first, sample(2))
+
+    def test_generated_text_goes_on_with_the_prompt_in_learnt_words(self):
+        done = support.run("generate", "--model", "run", "--prompt", self.prompt,
+                           "--length", 60, "--temperature", 0, cwd=self.folder)
+        self.assertEqual((done.returncode, done.stderr), (0, b""))
+        self.assertTrue(done.stdout.startswith(self.prompt.encode()), done.stdout)
+        self.assertRegex(done.stdout, rb"[a-z]+ over the [a-z]+")
+
+    def test_recurrent_mode_gives_the_logits_of_parallel_mode(self):
+        parallel = self.logits("run", "--mode", "parallel")
+        recurrent = self.logits("run", "--mode", "recurrent")
+        self.assertEqual(len(parallel), 64)
+        self.assertLess(greatest_difference(parallel, recurrent), 1e-4)
+        # So close means something only where the logits differ much between themselves.
+        self.assertGreater(max(parallel[-1]) - min(parallel[-1]), 1)
+        # And bf16 is the same model, roughly.
+        rough = self.logits("run", "--dtype", "bf16")
+        self.assertNotEqual(rough, parallel)
+        self.assertLess(greatest_difference(rough, parallel), 0.5)
+
+    def test_logits_prints_the_last_row_of_all(self):
+        rows = self.logits("run")
+        printed = self.rookery("logits", "--model", "run", "--tokens", self.ids()).split()
+        # Nine digits tell every fp32 from its neighbours.
+        values = [struct.unpack("<f", struct.pack("<f", float(value)))[0] for value in printed]
+        self.assertEqual(values, list(rows[-1]))
+
+    def test_models_converted_there_and_back_are_bit_for_bit_the_same(self):
+        self.rookery("convert", "run", "a.pth")
+        self.rookery("convert", "a.pth", "b.safetensors")
+        self.rookery("convert", "b.safetensors", "c.pth")
+        self.assertEqual(*((self.folder / name).read_bytes() for name in ("a.pth", "c.pth")))
+        expected = self.logits("run")
+        for model in ("run", "run/checkpoints/step_00000060", "a.pth", "b.safetensors"):
+            with self.subTest(model):
+                self.assertEqual(self.logits(model), expected)
+
+    def test_a_converted_model_still_writes_where_it_is_told_the_tokenizer(self):
+        arguments = ("--prompt", self.prompt, "--length", 20)
+        expected = self.rookery("generate", "--model", "run", *arguments)
+        # .safetensors keeps the run's configuration, and with it the tokenizer; .pth cannot.
+        self.rookery("convert", "run", "kept.safetensors")
+        self.rookery("convert", "run", "lost.pth")
+        self.assertEqual(self.rookery("generate", "--model", "kept.safetensors", *arguments),
+                         expected)
+        self.assertEqual(self.rookery("generate", "--model", "lost.pth",
+                                      "--tokenizer", self.tokenizer, *arguments), expected)
+
+
+class Bytes(Path, unittest.TestCase):
+    tokenizer = "bytes"
+
+    def test_tokens_are_the_bytes_of_the_text_and_a_zero(self):
+        content = (self.folder / "train.bin").read_bytes()
+        ids = struct.unpack(f"<{len(content) // 2}H", content)
+        self.assertEqual(bytes(ids), (self.folder / "train.txt").read_bytes() + b"\0")
+
+
+class Sentencepiece(Path, unittest.TestCase):
+    tokenizer = "sentencepiece:text.model"
+
+    @classmethod
+    def make_tokenizer(cls):
+        out = rookery("tokenizer", "train", "--input", "train.txt", "--output", "text.model",
+                      "--vocab-size", 320, cwd=cls.folder)
+        if out != b"text.model\n":
+            raise AssertionError(out)
+
+    def test_tokens_are_fewer_than_bytes_and_end_each_document(self):
+        record = json.loads((self.folder / "validation.tokenizer.json").read_text())
+        self.assertEqual(record["vocab_size"], 320)
+        self.assertLess(record["num_tokens"], 0.9 * record["text_bytes"])
+        content = (self.folder / "validation.bin").read_bytes()
+        ids = struct.unpack(f"<{len(content) // 2}H", content)
+        self.assertEqual(ids.count(record["end_of_document"]), 200)
+        self.assertEqual(ids[-1], record["end_of_document"])
+
+
+class Help(unittest.TestCase):
+    def test_lists_every_command(self):
+        text = rookery("--help").decode()
+        for command in COMMANDS:
+            self.assertRegex(text, rf"(?m)^  {command.split()[0]} +\w")
+        self.assertEqual(rookery().decode(), text)
+
+    def test_of_every_command_shows_an_example_of_it(self):
+        for command in COMMANDS:
+            with self.subTest(command):
+                text = rookery(*command.split(), "--help").decode()
+                self.assertRegex(text, rf"Example:\n  rookery {command} -*\w")
+        self.assertIn("Example:\n", rookery("tokenizer", "--help").decode())
+
+    def test_examples_have_only_options_that_the_help_lists(self):
+        for command in COMMANDS:
+            text = rookery(*command.split(), "--help").decode()
+            options, _, example = text.partition("Example:")
+            used = re.findall(r"--[a-z-]+", example)
+            self.assertEqual([], [name for name in used if name not in options], command)
+
+    def test_says_which_version_it_is(self):
+        self.assertRegex(rookery("--version").decode(), r"^rookery \d+\.\d+\.\d+\n$")
+
+
+class PrintConfig(support.Folder):
+    def test_reads_back_as_itself_and_has_what_was_set_and_what_follows(self):
+        support.write_text(self.folder / "text.txt", support.text_lines(50))
+        rookery("tokenize", "--tokenizer", "bytes", "--output", "text", "text.txt",
+                cwd=self.folder)
+        support.write_config(self.folder / "a.toml", **support.small_run(
+            {"train": "text"}, total_steps=5))
+        first = rookery("train", "--config", "a.toml", "--set", "train.total_tokens=9000",
+                        "--set", "schedule.kind=cosine", "--print-config", cwd=self.folder)
+        (self.folder / "b.toml").write_bytes(first)
+        second = rookery("train", "--config", "b.toml", "--print-config", cwd=self.folder)
+        self.assertEqual(second, first)
+
+        config = tomllib.loads(first.decode())
+        self.assertEqual(config["model"]["vocab_size"], 256)
+        self.assertEqual(config["model"]["dim_ffn"], 128)
+        self.assertEqual(config["train"]["total_tokens"], 9000)
+        self.assertNotIn("total_steps", config["train"])
+        self.assertEqual(config["schedule"]["kind"], "cosine")
+        self.assertFalse((self.folder / "run").exists(), "printing starts no run")
+
+    def test_is_what_the_run_then_keeps_beside_itself_and_in_its_checkpoint(self):
+        support.write_text(self.folder / "text.txt", support.text_lines(50))
+        rookery("tokenize", "--tokenizer", "bytes", "--output", "text", "text.txt",
+                cwd=self.folder)
+        support.write_config(self.folder / "a.toml", **support.small_run(
+            {"train": "text"}, total_steps=2))
+        printed = rookery("train", "--config", "a.toml", "--print-config", cwd=self.folder)
+        rookery("train", "--config", "a.toml", cwd=self.folder)
+        self.assertEqual((self.folder / "run/config.toml").read_bytes(), printed)
+        checkpoint = self.folder / "run/checkpoints/step_00000002"
+        self.assertEqual((checkpoint / "config.toml").read_bytes(), printed)
+
+
+if __name__ == "__main__":
+    support.main()
