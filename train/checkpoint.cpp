@@ -80,6 +80,24 @@ void delete_old(const std::string& run_dir, int64_t keep) {
   }
 }
 
+// Checkpoints are of whole steps: what does not fit together would train on other samples unseen.
+void check_state(const SavedRun& saved, const std::string& path) {
+  const TrainerState& state = saved.state;
+  const auto is_steps_of = [&](int64_t count, int64_t per_step) {
+    return count % per_step == 0 && count / per_step == state.step;
+  };
+  const int64_t samples = saved.config.batch_sequences();
+  const int64_t tokens = saved.config.tokens_per_step();
+  if (state.step < 0 || !is_steps_of(state.samples, samples) ||
+      !is_steps_of(state.tokens, tokens)) {
+    throw std::runtime_error(path + ": step " + std::to_string(state.step) + " after " +
+                             std::to_string(state.samples) + " samples and " +
+                             std::to_string(state.tokens) + " tokens, expected " +
+                             std::to_string(samples) + " and " + std::to_string(tokens) +
+                             " of them a step; delete the checkpoint to go on from the one before");
+  }
+}
+
 }  // namespace
 
 std::string save_checkpoint(const std::string& run_dir,
@@ -139,16 +157,7 @@ SavedRun read_saved_run(const std::string& checkpoint) {
   } catch (const nlohmann::json::exception& error) {
     throw std::runtime_error(state_path + ": not the state of a trainer: " + error.what());
   }
-  const TrainerState& state = saved.state;
-  if (state.step < 0 || state.samples != state.step * saved.config.batch_sequences() ||
-      state.tokens != state.step * saved.config.tokens_per_step()) {
-    throw std::runtime_error(
-        state_path + ": step " + std::to_string(state.step) + ", samples " +
-        std::to_string(state.samples) + " and tokens " + std::to_string(state.tokens) +
-        " do not go together, expected " + std::to_string(saved.config.batch_sequences()) +
-        " samples and " + std::to_string(saved.config.tokens_per_step()) +
-        " tokens a step; delete the checkpoint to go on from the one before");
-  }
+  check_state(saved, state_path);
   return saved;
 }
 

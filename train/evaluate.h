@@ -26,11 +26,4 @@ struct Evaluation {
 // or if the corpus has fewer than two tokens.
 Evaluation evaluate(RwkvModel model, const BinidxFile& corpus, const EvaluateOptions& options);
 
-// Throws std::runtime_error naming what is at position `begin + i` of the corpus if an id in it is
-// not below vocab_size: what a model is about to look up must exist.
-void check_token_ids(std::span<const int64_t> ids,
-                     int64_t vocab_size,
-                     const BinidxFile& corpus,
-                     int64_t begin);
-
 }  // namespace rwkv

@@ -224,6 +224,19 @@ class Help(unittest.TestCase):
         self.assertRegex(rookery("--version").decode(), r"^rookery \d+\.\d+\.\d+\n$")
 
 
+class Paths(support.Folder):
+    def test_may_hold_commas_and_spaces(self):
+        support.write_text(self.folder / "a, b.txt", support.text_lines(50))
+        rookery("tokenize", "--tokenizer", "bytes", "--output", "c, d", "a, b.txt", cwd=self.folder)
+        rookery("tokenizer", "train", "--input", "a, b.txt", "--input", "a, b.txt",
+                "--output", "e,f.model", "--vocab-size", 300, cwd=self.folder)
+        support.write_config(self.folder / "a.toml", **support.small_run(
+            {"train": "none"}, total_steps=1))
+        rookery("train", "--config", "a.toml", "--set", "data.train=c, d",
+                "--set", "train.run_dir=g, h", cwd=self.folder)
+        self.assertEqual(support.checkpoints(self.folder / "g, h"), ["step_00000001"])
+
+
 class PrintConfig(support.Folder):
     def test_reads_back_as_itself_and_has_what_was_set_and_what_follows(self):
         support.write_text(self.folder / "text.txt", support.text_lines(50))

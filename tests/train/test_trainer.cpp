@@ -234,7 +234,8 @@ TEST(Evaluate, NamesATokenBeyondTheVocabulary) {
   RwkvModel model(ModelConfig{.n_layer = 1, .n_embd = 8, .vocab_size = 20});
   model->initialise(1, 1e-2);
   EXPECT_THAT(THROWN_TEXT(std::runtime_error, evaluate(model, corpus, {})),
-              testing::AllOf(HasSubstr("corpus.bin: token "), HasSubstr("vocabulary is 20")));
+              testing::AllOf(HasSubstr("corpus.bin: the token at position "),
+                             HasSubstr("vocabulary has 20 ids")));
 }
 
 TEST(FindModel, NamesARunWithoutCheckpoints) {

@@ -3,8 +3,12 @@
 //   argv[0] is the command's name as shown in its help, "rookery train".
 #pragma once
 
+#include <optional>
 #include <string>
+#include <vector>
 
+// Paths may hold commas: an option that takes several values is given several times.
+#define CXXOPTS_VECTOR_DELIMITER '\0'
 #include <cxxopts.hpp>
 
 namespace rwkv {

@@ -1,6 +1,9 @@
+#include <algorithm>
+#include <charconv>
 #include <cstdio>
 #include <iostream>
 #include <stdexcept>
+#include <system_error>
 
 #include <ATen/ATen.h>
 
@@ -14,6 +17,23 @@ namespace {
 
 constexpr const char* kExample =
     "rookery logits --model rwkv.pth --tokens 510,3158,8516 --mode recurrent";
+
+std::vector<int64_t> parse_tokens(const std::string& text) {
+  std::vector<int64_t> tokens;
+  for (size_t begin = 0; begin <= text.size();) {
+    const size_t end = std::min(text.find(',', begin), text.size());
+    int64_t token = 0;
+    const auto parsed = std::from_chars(text.data() + begin, text.data() + end, token);
+    if (parsed.ec != std::errc() || parsed.ptr != text.data() + end) {
+      throw std::invalid_argument("--tokens: \"" + text.substr(begin, end - begin) +
+                                  "\" is no token id; expected ids separated by commas, such as " +
+                                  "510,3158,8516");
+    }
+    tokens.push_back(token);
+    begin = end + 1;
+  }
+  return tokens;
+}
 
 void check_tokens(const std::vector<int64_t>& tokens, int64_t vocab_size) {
   for (const int64_t token : tokens) {
@@ -49,7 +69,7 @@ int logits_command(int argc, char** argv) {
   options.add_options()("model",
                         "a run, a checkpoint folder, a .pth or .safetensors file",
                         cxxopts::value<std::string>())(
-      "tokens", "token ids, separated by commas", cxxopts::value<std::vector<int64_t>>())(
+      "tokens", "token ids, separated by commas", cxxopts::value<std::string>())(
       "mode",
       "parallel (GPT mode) or recurrent (RNN mode)",
       cxxopts::value<std::string>()->default_value("parallel"))(
@@ -70,7 +90,7 @@ int logits_command(int argc, char** argv) {
         "--all and --output go together; for example: --all --output a.safetensors");
   }
   const ComputeDtype dtype = parse_dtype((*parsed)["dtype"].as<std::string>());
-  const auto tokens = (*parsed)["tokens"].as<std::vector<int64_t>>();
+  const auto tokens = parse_tokens((*parsed)["tokens"].as<std::string>());
   const at::NoGradGuard no_grad;
   RwkvModel model = open_model(find_model((*parsed)["model"].as<std::string>()),
                                dtype == ComputeDtype::kBf16 ? at::kBFloat16 : at::kFloat);

@@ -17,7 +17,7 @@ int train_tokenizer(int argc, char** argv) {
       "Trains a sentencepiece tokenizer on text: .txt or .jsonl, each also .gz "
       "or .zst.\n");
   options.add_options()(
-      "input", "text files, separated by commas", cxxopts::value<std::vector<std::string>>())(
+      "input", "a text file; may be given again", cxxopts::value<std::vector<std::string>>())(
       "output", "the model file to write", cxxopts::value<std::string>())(
       "vocab-size",
       "number of tokens",
