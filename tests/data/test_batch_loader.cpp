@@ -1,5 +1,7 @@
 #include <chrono>
-#include <map>
+#include <memory>
+#include <optional>
+#include <set>
 #include <thread>
 
 #include <gmock/gmock.h>
