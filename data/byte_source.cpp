@@ -1,5 +1,6 @@
 #include "data/byte_source.h"
 
+#include <algorithm>
 #include <cerrno>
 #include <cstring>
 #include <stdexcept>

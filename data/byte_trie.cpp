@@ -34,7 +34,6 @@ class ByteTrie::Builder {
       const uint32_t base = place_children({begin, node.end, node.depth}, queue);
       units_[node.unit].base_and_label |= base << 8;
     }
-    spoil_free_units();
     return root_base;
   }
   std::vector<Unit> take_units() { return std::move(units_); }
@@ -51,7 +50,6 @@ class ByteTrie::Builder {
     std::bitset<kBlockUnits> taken;  // units
     std::bitset<kBlockUnits> bases;  // low bytes of bases in use: two nodes must not share one
     size_t taken_count = 0;
-    size_t base_count = 0;
   };
 
   uint32_t place_children(const Node& parent, std::deque<Node>& queue) {
@@ -93,8 +91,7 @@ class ByteTrie::Builder {
         units_.resize(units_.size() + kBlockUnits);
       }
       Block& block = blocks_[b];
-      // One base of a block stays unused: spoil_free_units needs it.
-      if (kBlockUnits - block.taken_count < labels_.size() || block.base_count + 1 >= kBlockUnits) {
+      if (kBlockUnits - block.taken_count < labels_.size()) {
         continue;
       }
       const std::bitset<kBlockUnits> free = ~block.taken;
@@ -106,28 +103,12 @@ class ByteTrie::Builder {
           continue;
         }
         block.bases.set(low);
-        ++block.base_count;
         block.taken_count += labels_.size();
         for (const uint32_t label : labels_) {
           block.taken.set(low ^ label);
         }
         // Block 0 of the units is the dead one.
         return static_cast<uint32_t>(b + 1) * kBlockUnits + low;
-      }
-    }
-  }
-
-  // Gives every free unit a label under which no base in use arrives at it.
-  void spoil_free_units() {
-    for (size_t b = 0; b < blocks_.size(); ++b) {
-      uint32_t unused = 0;
-      while (blocks_[b].bases[unused]) {
-        ++unused;
-      }
-      for (uint32_t low = 0; low < kBlockUnits; ++low) {
-        if (!blocks_[b].taken[low]) {
-          units_[(b + 1) * kBlockUnits + low].base_and_label = low ^ unused;
-        }
       }
     }
   }

@@ -53,6 +53,8 @@ class ByteTrie {
   }
 
  private:
+  // A unit that no node took can be arrived at by byte 0, and does no harm: it has no value, and
+  // its base is that of a node without children.
   struct Unit {
     uint32_t base_and_label = 0;  // base << 8 | label
     int32_t value = -1;

@@ -132,6 +132,28 @@ TEST_P(TrainedSentencepiece, HasTheTokensItsHeaderPromises) {
   EXPECT_LT(tokenizer().encode(made_up_text(1)).size(), made_up_text(1).size() / 2);
 }
 
+TEST_P(TrainedSentencepiece, IsNotLosslessUnderSettingsThatChangeText) {
+  const test::TempFolder folder;
+  const std::string model = test::read_file(trained().folder.path("a.model"));
+  // A second normalizer_spec (protobuf field 3), which is merged into the first.
+  const std::vector<std::pair<std::string, std::string>> settings = {
+      {"add_dummy_prefix = true", std::string("\x1A\x02\x18\x01", 4)},
+      {"remove_extra_whitespaces = true", std::string("\x1A\x02\x20\x01", 4)},
+      {"escape_whitespaces = false", std::string("\x1A\x02\x28\x00", 4)},
+  };
+  for (const auto& [name, field] : settings) {
+    test::write_file(folder.path("b.model"), model + field);
+    const SentencepieceTokenizer changed(folder.path("b.model"));
+    EXPECT_FALSE(changed.is_lossless()) << name;
+    std::vector<int32_t> ids;
+    EXPECT_EQ(changed.encode_part("one\ntwo\n", kMore, ids), 0u) << name;
+  }
+  const std::string text = "  two  spaces ";
+  test::write_file(folder.path("b.model"), model + settings[1].second);
+  const SentencepieceTokenizer changed(folder.path("b.model"));
+  EXPECT_EQ(changed.decode(changed.encode(text)), "two spaces");
+}
+
 TEST_P(TrainedSentencepiece, IsTheSameFileForTheSameInput) {
   const test::TempFolder folder;
   test::write_file(folder.path("text.txt"), made_up_text(1));
@@ -346,7 +368,10 @@ TEST(LineParts, EndAtTheLimitWhereverTheTextGoesOn) {
   const std::string face = std::string(kMaxLineBytes - 2, 'x') + "\xF0\x9F\x98\x80";
   EXPECT_EQ(next_line_part(face, kMore), kMaxLineBytes - 2);
   EXPECT_EQ(next_line_part(std::string(kMaxLineBytes, 'x') + "\n", kMore), kMaxLineBytes);
-  EXPECT_EQ(next_line_part(" " + std::string(kMaxLineBytes, 'x'), kMore), kMaxLineBytes);
+  EXPECT_EQ(next_line_part(std::string(" ").append(kMaxLineBytes, 'x'), kMore), kMaxLineBytes);
+  const std::string full = std::string("a b").append(kMaxLineBytes - 3, 'x');
+  EXPECT_EQ(next_line_part(full + "\n", kMore), kMaxLineBytes);
+  EXPECT_EQ(next_line_part(full + "x\n", kMore), 1u);
 }
 
 }  // namespace
