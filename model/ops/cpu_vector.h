@@ -1,6 +1,7 @@
-// Vectors for the CPU kernels: 16 floats (or 8 doubles) that g++ maps to whatever registers the
-// function it inlines into is compiled for. A kernel is one function marked RWKV_CPU_CLONES, which
-// is compiled for AVX-512, for AVX2 and for any x86-64, and chosen when the program starts.
+// Vectors for the CPU kernels: 8 floats or 4 doubles, a register of AVX2. (With 16 floats g++ 12
+// compares and selects one element after another wherever there is no AVX-512.) A kernel is one
+// function marked RWKV_CPU_CLONES, which is compiled for AVX-512, for AVX2 and for any x86-64, and
+// chosen when the program starts.
 #pragma once
 
 #include <cmath>
@@ -14,11 +15,11 @@
 
 namespace rwkv::ops {
 
-typedef float Float16 __attribute__((vector_size(64)));
-typedef int32_t Int16x32 __attribute__((vector_size(64)));
-typedef uint16_t Bits16 __attribute__((vector_size(32)));
-typedef uint32_t Uint16x32 __attribute__((vector_size(64)));
-typedef double Double8 __attribute__((vector_size(64)));
+typedef float Float8 __attribute__((vector_size(32)));
+typedef int32_t Int8x32 __attribute__((vector_size(32)));
+typedef uint16_t Bits8 __attribute__((vector_size(16)));
+typedef uint32_t Uint8x32 __attribute__((vector_size(32)));
+typedef double Double4 __attribute__((vector_size(32)));
 
 // A bf16 number in memory: the top half of a float.
 struct Bf16 {
@@ -30,55 +31,55 @@ template <typename Element>
 struct VectorOf;
 template <>
 struct VectorOf<float> {
-  using Vector = Float16;
+  using Vector = Float8;
   using Scalar = float;
-  static constexpr int64_t kLanes = 16;
+  static constexpr int64_t kLanes = 8;
 };
 template <>
 struct VectorOf<Bf16> {
-  using Vector = Float16;
+  using Vector = Float8;
   using Scalar = float;
-  static constexpr int64_t kLanes = 16;
+  static constexpr int64_t kLanes = 8;
 };
 template <>
 struct VectorOf<double> {
-  using Vector = Double8;
+  using Vector = Double4;
   using Scalar = double;
-  static constexpr int64_t kLanes = 8;
+  static constexpr int64_t kLanes = 4;
 };
 
-RWKV_INLINE Float16 load_lanes(const float* from) {
-  Float16 x;
+RWKV_INLINE Float8 load_lanes(const float* from) {
+  Float8 x;
   std::memcpy(&x, from, sizeof x);
   return x;
 }
-RWKV_INLINE Double8 load_lanes(const double* from) {
-  Double8 x;
+RWKV_INLINE Double4 load_lanes(const double* from) {
+  Double4 x;
   std::memcpy(&x, from, sizeof x);
   return x;
 }
-RWKV_INLINE Float16 load_lanes(const Bf16* from) {
-  Bits16 bits;
+RWKV_INLINE Float8 load_lanes(const Bf16* from) {
+  Bits8 bits;
   std::memcpy(&bits, from, sizeof bits);
-  const Uint16x32 wide = __builtin_convertvector(bits, Uint16x32) << 16;
-  Float16 x;
+  const Uint8x32 wide = __builtin_convertvector(bits, Uint8x32) << 16;
+  Float8 x;
   std::memcpy(&x, &wide, sizeof x);
   return x;
 }
 
-RWKV_INLINE void store_lanes(float* to, Float16 x) {
+RWKV_INLINE void store_lanes(float* to, Float8 x) {
   std::memcpy(to, &x, sizeof x);
 }
-RWKV_INLINE void store_lanes(double* to, Double8 x) {
+RWKV_INLINE void store_lanes(double* to, Double4 x) {
   std::memcpy(to, &x, sizeof x);
 }
 // Rounds to nearest even; a NaN stays one (its quiet bit is set, or rounding could make it inf).
-RWKV_INLINE void store_lanes(Bf16* to, Float16 x) {
-  Uint16x32 bits;
+RWKV_INLINE void store_lanes(Bf16* to, Float8 x) {
+  Uint8x32 bits;
   std::memcpy(&bits, &x, sizeof bits);
-  const Uint16x32 rounded = (bits + 0x7fff + ((bits >> 16) & 1)) >> 16;
-  const Uint16x32 quiet = (bits >> 16) | 0x40;
-  const Bits16 narrow = __builtin_convertvector(x == x ? rounded : quiet, Bits16);
+  const Uint8x32 rounded = (bits + 0x7fff + ((bits >> 16) & 1)) >> 16;
+  const Uint8x32 quiet = (bits >> 16) | 0x40;
+  const Bits8 narrow = __builtin_convertvector(x == x ? rounded : quiet, Bits8);
   std::memcpy(to, &narrow, sizeof narrow);
 }
 
@@ -105,24 +106,24 @@ RWKV_INLINE void store_lanes(Element* to, typename VectorOf<Element>::Vector x, 
   std::memcpy(to, padded, static_cast<size_t>(count) * sizeof(Element));
 }
 
-RWKV_INLINE Float16 max_lanes(Float16 x, Float16 y) {
+RWKV_INLINE Float8 max_lanes(Float8 x, Float8 y) {
   return x > y ? x : y;
 }
-RWKV_INLINE Double8 max_lanes(Double8 x, Double8 y) {
+RWKV_INLINE Double4 max_lanes(Double4 x, Double4 y) {
   return x > y ? x : y;
 }
 
 // e^x for x <= 0; zero below the smallest normal float. Error under 2 units in the last place:
 // x = n ln 2 + r with |r| <= ln 2 / 2 (ln 2 split in two, so that r is exact to a float's
 // precision), a polynomial for e^r, and n added to the exponent.
-RWKV_INLINE Float16 exp_lanes(Float16 x) {
+RWKV_INLINE Float8 exp_lanes(Float8 x) {
   constexpr float kSmallest = -87.33654f;
-  const Float16 clamped = x > kSmallest ? x : Float16{} + kSmallest;
+  const Float8 clamped = x > kSmallest ? x : Float8{} + kSmallest;
   // Adding and taking off 1.5 * 2^23 rounds to the nearest integer.
   constexpr float kRound = 12582912.0f;
-  const Float16 n = (clamped * 1.44269504f + kRound) - kRound;
-  const Float16 r = (clamped - n * 0.693359375f) + n * 2.12194440e-4f;
-  Float16 poly = Float16{} + 1.0f / 5040;
+  const Float8 n = (clamped * 1.44269504f + kRound) - kRound;
+  const Float8 r = (clamped - n * 0.693359375f) + n * 2.12194440e-4f;
+  Float8 poly = Float8{} + 1.0f / 5040;
   poly = poly * r + 1.0f / 720;
   poly = poly * r + 1.0f / 120;
   poly = poly * r + 1.0f / 24;
@@ -130,18 +131,18 @@ RWKV_INLINE Float16 exp_lanes(Float16 x) {
   poly = poly * r + 0.5f;
   poly = poly * r + 1.0f;
   poly = poly * r + 1.0f;
-  const Int16x32 exponent = (__builtin_convertvector(n, Int16x32) + 127) << 23;
-  Float16 power;
+  const Int8x32 exponent = (__builtin_convertvector(n, Int8x32) + 127) << 23;
+  Float8 power;
   std::memcpy(&power, &exponent, sizeof power);
-  const Float16 result = poly * power;
+  const Float8 result = poly * power;
   // A NaN fails every comparison, and so falls through to itself.
-  return x > kSmallest ? result : (x <= kSmallest ? Float16{} : x);
+  return x > kSmallest ? result : (x <= kSmallest ? Float8{} : x);
 }
 
 // Only the tests' float64 comparisons come here.
-RWKV_INLINE Double8 exp_lanes(Double8 x) {
-  Double8 result;
-  for (int lane = 0; lane < 8; ++lane) {
+RWKV_INLINE Double4 exp_lanes(Double4 x) {
+  Double4 result;
+  for (int lane = 0; lane < 4; ++lane) {
     result[lane] = std::exp(x[lane]);
   }
   return result;

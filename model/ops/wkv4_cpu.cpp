@@ -1,6 +1,7 @@
 // CPU kernels of wkv4. A thread owns one batch row and one vector of channels and walks time; all
 // arithmetic is fp32 (fp64 for fp64 inputs). Per token and channel: forward two exponentials and a
-// division, backward six and one. At L6 D384 B8 T256 that is about 3 % of a training step.
+// division, backward six and one. At L6 D384 B8 T256 that is about 3 % of a training
+// step (tests/bench/bench_wkv4.cpp).
 #include <vector>
 
 #include <ATen/ATen.h>
@@ -14,7 +15,7 @@ namespace rwkv::ops {
 namespace {
 
 // Backward keeps the state at every 64th token and recomputes the tokens between: 64 states of one
-// vector of channels are 12 KB, well inside the first-level cache.
+// vector of channels are 6 KB, well inside the first-level cache.
 constexpr int64_t kChunkLen = 64;
 
 struct Sizes {
@@ -39,6 +40,22 @@ RWKV_INLINE Weights<Vector> scaled_weights(Vector x, Vector y) {
   const Vector smaller = exp_lanes(difference > 0 ? -difference : difference);
   const Vector one = Vector{} + 1;
   return {difference >= 0 ? one : smaller, difference >= 0 ? smaller : one, max_lanes(x, y)};
+}
+
+// A carry in memory that holds plain numbers: containers do not keep the alignment of vectors.
+template <typename Vector, typename Scalar>
+RWKV_INLINE void keep(const Carry<Vector>& carry, Scalar* memory) {
+  constexpr int64_t kLanes = sizeof(Vector) / sizeof(Scalar);
+  store_lanes(memory, carry.a);
+  store_lanes(memory + kLanes, carry.b);
+  store_lanes(memory + 2 * kLanes, carry.p);
+}
+template <typename Scalar>
+RWKV_INLINE auto kept(const Scalar* memory) {
+  using Vector = decltype(load_lanes(memory));
+  constexpr int64_t kLanes = sizeof(Vector) / sizeof(Scalar);
+  return Carry<Vector>{
+      load_lanes(memory), load_lanes(memory + kLanes), load_lanes(memory + 2 * kLanes)};
 }
 
 template <typename Vector>
@@ -100,11 +117,11 @@ struct BackwardRow {
 };
 
 template <typename Element, typename Scalar>
-RWKV_INLINE void backward_body(
-    const BackwardRow<Element, Scalar>& row,
-    Sizes sizes,
-    int64_t count,
-    std::vector<Carry<typename VectorOf<Element>::Vector>>& chunk_starts) {
+RWKV_INLINE void backward_body(const BackwardRow<Element, Scalar>& row,
+                               Sizes sizes,
+                               int64_t count,
+                               Scalar* chunk_starts) {
+  constexpr int64_t kCarrySize = 3 * VectorOf<Element>::kLanes;
   using Vector = typename VectorOf<Element>::Vector;
   const int64_t stride = sizes.dim_att;
   const int64_t seq_len = sizes.seq_len;
@@ -117,7 +134,7 @@ RWKV_INLINE void backward_body(
   const Vector p_in = carry.p;
   for (int64_t t = 0; t < seq_len; ++t) {
     if (t % kChunkLen == 0) {
-      chunk_starts[static_cast<size_t>(t / kChunkLen)] = carry;
+      keep(carry, chunk_starts + t / kChunkLen * kCarrySize);
     }
     advance(
         carry, w_log, load_lanes(row.k + t * stride, count), load_lanes(row.v + t * stride, count));
@@ -134,7 +151,7 @@ RWKV_INLINE void backward_body(
   for (int64_t chunk = num_chunks - 1; chunk >= 0; --chunk) {
     const int64_t begin = chunk * kChunkLen;
     const int64_t end = begin + kChunkLen < seq_len ? begin + kChunkLen : seq_len;
-    carry = chunk_starts[static_cast<size_t>(chunk)];
+    carry = kept(chunk_starts + chunk * kCarrySize);
     for (int64_t t = begin; t < end; ++t) {
       before[t - begin] = carry;
       advance(carry,
@@ -172,17 +189,14 @@ RWKV_INLINE void backward_body(
   store_lanes(row.du, du, count);
 }
 
-#define RWKV_WKV4_KERNELS(Element, Scalar)                                  \
-  RWKV_CPU_CLONES void wkv4_forward_kernel(                                 \
-      const ForwardRow<Element, Scalar>& row, Sizes sizes, int64_t count) { \
-    forward_body(row, sizes, count);                                        \
-  }                                                                         \
-  RWKV_CPU_CLONES void wkv4_backward_kernel(                                \
-      const BackwardRow<Element, Scalar>& row,                              \
-      Sizes sizes,                                                          \
-      int64_t count,                                                        \
-      std::vector<Carry<VectorOf<Element>::Vector>>& chunk_starts) {        \
-    backward_body(row, sizes, count, chunk_starts);                         \
+#define RWKV_WKV4_KERNELS(Element, Scalar)                                                         \
+  RWKV_CPU_CLONES void wkv4_forward_kernel(                                                        \
+      const ForwardRow<Element, Scalar>& row, Sizes sizes, int64_t count) {                        \
+    forward_body(row, sizes, count);                                                               \
+  }                                                                                                \
+  RWKV_CPU_CLONES void wkv4_backward_kernel(                                                       \
+      const BackwardRow<Element, Scalar>& row, Sizes sizes, int64_t count, Scalar* chunk_starts) { \
+    backward_body(row, sizes, count, chunk_starts);                                                \
   }
 RWKV_WKV4_KERNELS(float, float)
 RWKV_WKV4_KERNELS(Bf16, float)
@@ -244,7 +258,6 @@ void backward(const at::Tensor& w_log_A,
               const at::Tensor& dstate_out_B3A,
               const Gradients& out) {
   using Scalar = typename VectorOf<Element>::Scalar;
-  using Vector = typename VectorOf<Element>::Vector;
   const Sizes sizes{k_BTA.size(1), k_BTA.size(2)};
   const auto* w_log = static_cast<const Scalar*>(w_log_A.const_data_ptr());
   const auto* u = static_cast<const Scalar*>(u_A.const_data_ptr());
@@ -259,8 +272,9 @@ void backward(const at::Tensor& w_log_A,
   auto* dv = static_cast<Element*>(out.dv_BTA.mutable_data_ptr());
   auto* dstate_in = static_cast<Scalar*>(out.dstate_B3A.mutable_data_ptr());
   for_each_row<Element>(k_BTA.size(0), sizes.dim_att, [&](int64_t b, int64_t c, int64_t count) {
-    static thread_local std::vector<Carry<Vector>> chunk_starts;
-    chunk_starts.resize(static_cast<size_t>((sizes.seq_len + kChunkLen - 1) / kChunkLen));
+    static thread_local std::vector<Scalar> chunk_starts;
+    const int64_t num_chunks = (sizes.seq_len + kChunkLen - 1) / kChunkLen;
+    chunk_starts.resize(static_cast<size_t>(num_chunks * 3 * VectorOf<Element>::kLanes));
     const int64_t at = b * sizes.seq_len * sizes.dim_att + c;
     const int64_t state_at = b * 3 * sizes.dim_att + c;
     const int64_t sum_at = b * sizes.dim_att + c;
@@ -278,7 +292,7 @@ void backward(const at::Tensor& w_log_A,
                                                       dstate_in + state_at},
                          sizes,
                          count,
-                         chunk_starts);
+                         chunk_starts.data());
   });
 }
 

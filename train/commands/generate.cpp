@@ -103,7 +103,7 @@ int generate_command(int argc, char** argv) {
   std::cout << prompt << std::flush;
   for (int64_t i = 0; i < length; ++i) {
     const int64_t token = sample_token(output.logits_BV[0], sampling, generator);
-    if ((end && token == *end) || token >= tokenizer->vocab_size()) {
+    if (end && token == *end) {
       break;
     }
     const auto id = static_cast<int32_t>(token);
