@@ -8,6 +8,7 @@
 
 #include <toml++/toml.h>
 
+#include "data/utf8.h"
 #include "train/config_value.h"
 
 namespace rwkv {
@@ -265,12 +266,12 @@ std::optional<TextError> find_unreadable(std::string_view text) {
     } else if (c == '#') {
       inside = c;
     } else if (static_cast<unsigned char>(c) > 0x7f) {
-      size_t end = i + 1;
-      while (end < text.size() && (static_cast<unsigned char>(text[end]) & 0xc0) == 0x80) {
-        ++end;
+      const size_t length = utf8_char_length(text.substr(i));
+      if (length == 0) {
+        return TextError{line, "a byte that is not UTF-8; save the text as UTF-8"};
       }
       return TextError{line,
-                       std::string(text.substr(i, end - i)) +
+                       std::string(text.substr(i, length)) +
                            " stands outside of quotes; only \"strings\" and comments may hold it"};
     }
   }

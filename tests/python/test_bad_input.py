@@ -375,7 +375,9 @@ class Config(BadInput):
     def test_that_is_not_toml(self):
         self.refuses_config(self.changed("n_embd = 32", "n_embd = "), "bad.toml:4: ")
         self.write("bad.toml", b"\xff\xfe\0")
-        self.refuses("train --config bad.toml", USAGE, "bad.toml:1: ")
+        self.refuses("train --config bad.toml", USAGE, "bad.toml:1: ", "UTF-8")
+        self.write("bad.toml", self.changed("rwkv4", "rwkv\udcff").encode(errors="surrogateescape"))
+        self.refuses("train --config bad.toml", USAGE, "bad.toml:2: ", "utf-8")
 
     def test_that_asks_for_another_device(self):
         self.refuses_config(self.changed("threads = 1", 'threads = 1\ndevice = "cuda"'),
