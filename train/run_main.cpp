@@ -1,5 +1,6 @@
 #include "train/run_main.h"
 
+#include <algorithm>
 #include <cstdio>
 #include <iostream>
 #include <new>
@@ -13,14 +14,33 @@
 #include <spdlog/sinks/stdout_color_sinks.h>
 #include <spdlog/spdlog.h>
 
+#include "data/utf8.h"
+
 namespace rwkv {
 namespace {
 
 constexpr const char* kMemoryHint =
     "out of memory; a smaller train.micro_batch_size or model.ctx_len needs less";
 
+// Texts quote from files, and some libraries quote raw bytes: a terminal must not get to see them.
+std::string printable(std::string_view text) {
+  std::string result;
+  while (!text.empty()) {
+    const auto byte = static_cast<unsigned char>(text[0]);
+    const size_t length = utf8_char_length(text);
+    if (length == 0 || (byte < 0x20 && byte != '\n') || byte == 0x7f) {
+      result.append("\\x").append(1, "0123456789abcdef"[byte >> 4]);
+      result.append(1, "0123456789abcdef"[byte & 15]);
+    } else {
+      result.append(text.substr(0, length));
+    }
+    text.remove_prefix(std::max(length, size_t{1}));
+  }
+  return result;
+}
+
 int report(int code, std::string_view text) {
-  std::cerr << "rookery: " << text << '\n';
+  std::cerr << "rookery: " << printable(text) << '\n';
   return code;
 }
 

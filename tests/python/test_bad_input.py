@@ -417,7 +417,7 @@ class Checkpoints(BadInput):
         name = f"{self.CHECKPOINT}/trainer.json"
         content = self.path(name).read_bytes()
         for wrong in (b"", b"{", b"[]", b"{}", b'{"step": "2", "samples": 1, "tokens": 1}',
-                      b'{"step": -2, "samples": 16, "tokens": 512}'):
+                      b'{"step": -2, "samples": 16, "tokens": 512}', b'{"\xff\x1b[2J":'):
             with self.subTest(wrong):
                 self.write(name, wrong)
                 self.resume(FAILED, name)
