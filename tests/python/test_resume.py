@@ -104,7 +104,7 @@ class Resume(unittest.TestCase):
         run = killed / "run"
         generator = random.Random(5)
         # Before the first save; within a save; anywhere after that.
-        early, late = generator.randrange(2, 14), generator.randrange(110, 190)
+        early, late = generator.randrange(2, 14), generator.randrange(100, 150)
         self.kill_at(killed, lambda: lines_written(run) >= early)
         self.assertEqual(support.checkpoints(run), [])
         self.kill_at(killed, lambda: is_saving(run) and lines_written(run) >= 40)
@@ -128,7 +128,7 @@ class Resume(unittest.TestCase):
         self.assert_same_run(whole, killed)
 
     def test_in_bf16_with_micro_batches_and_a_validation_it_ends_the_same(self):
-        whole, killed = self.make_run({"validation": "text"}, total_steps=40,
+        whole, killed = self.make_run({"validation": "text"}, total_steps=60,
                                       save_every_steps=9, dtype="bf16", micro_batch_size=4,
                                       validate_every_steps=5, validation_tokens=320)
         run = killed / "run"
@@ -146,10 +146,10 @@ class Resume(unittest.TestCase):
 
     def test_a_checkpoint_that_was_touched_gives_another_run(self):
         # That the comparisons above can fail: one bit of one moment.
-        whole, killed = self.make_run(total_steps=12, save_every_steps=6)
+        whole, killed = self.make_run(total_steps=60, save_every_steps=30)
         run = killed / "run"
-        self.kill_at(killed, lambda: "step_00000006" in support.checkpoints(run))
-        path = run / "checkpoints/step_00000006/optimizer.safetensors"
+        self.kill_at(killed, lambda: "step_00000030" in support.checkpoints(run))
+        path = run / "checkpoints/step_00000030/optimizer.safetensors"
         content = bytearray(path.read_bytes())
         content[-2] ^= 0x10
         path.write_bytes(content)
