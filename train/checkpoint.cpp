@@ -80,6 +80,16 @@ void delete_old(const std::string& run_dir, int64_t keep) {
   }
 }
 
+// A configuration kept in a file of ours: what is wrong with it is the file's fault, not the
+// user's.
+RunConfig parse_kept_config(const std::string& text, const std::string& name) {
+  try {
+    return parse_run_config(text, name);
+  } catch (const std::invalid_argument& error) {
+    throw std::runtime_error(error.what());
+  }
+}
+
 // Checkpoints are of whole steps: what does not fit together would train on other samples unseen.
 void check_state(const SavedRun& saved, const std::string& path) {
   const TrainerState& state = saved.state;
@@ -149,7 +159,8 @@ std::optional<std::string> newest_checkpoint(const std::string& run_dir) {
 SavedRun read_saved_run(const std::string& checkpoint) {
   const std::string config_path = (fs::path(checkpoint) / "config.toml").string();
   const std::string state_path = (fs::path(checkpoint) / "trainer.json").string();
-  SavedRun saved{.config = parse_run_config(read_text_file(config_path), config_path), .state = {}};
+  SavedRun saved{.config = parse_kept_config(read_text_file(config_path), config_path),
+                 .state = {}};
   try {
     const auto json = nlohmann::json::parse(read_text_file(state_path));
     saved.state = {
@@ -186,7 +197,7 @@ std::optional<RunConfig> config_in(const WeightFile& file) {
   if (found == file.metadata.end()) {
     return std::nullopt;
   }
-  return parse_run_config(found->second, file.path + " (" + kConfigKey + ")");
+  return parse_kept_config(found->second, file.path + " (" + kConfigKey + ")");
 }
 
 }  // namespace rwkv
