@@ -124,7 +124,9 @@ scripts/setup.sh
 current="build"
 echo "== $current"
 [[ -f build/release/build.ninja ]] || cmake --preset release
+build_start=$SECONDS
 cmake --build --preset release
+echo "== $current: $((SECONDS - build_start)) s"
 
 mkdir -p "$done_folder"
 
