@@ -60,9 +60,10 @@ int convert_command(int argc, char** argv) {
                            "Writes the weights of FROM (a run, a checkpoint folder, a .pth or "
                            ".safetensors file)\nto TO (.pth or .safetensors), reads them back and "
                            "compares.\n");
-  options.add_options()("from", "what to read", cxxopts::value<std::string>())(
-      "to", "what to write", cxxopts::value<std::string>())(
-      "dtype", "fp32, bf16 or fp16; default: as they are", cxxopts::value<std::string>());
+  cxxopts::OptionAdder add = options.add_options();
+  add("from", "what to read", cxxopts::value<std::string>());
+  add("to", "what to write", cxxopts::value<std::string>());
+  add("dtype", "fp32, bf16 or fp16; default: as they are", cxxopts::value<std::string>());
   options.parse_positional({"from", "to"});
   options.positional_help("FROM TO");
   const auto parsed = parse_options(options, argc, argv, kExample, {"from", "to"});

@@ -30,18 +30,19 @@ void print_row(const char* what, double loss, double bytes_per_token) {
 int eval_command(int argc, char** argv) {
   cxxopts::Options options("rookery eval",
                            "Cross entropy of a model on a token corpus, in nats a token.\n");
-  options.add_options()("model",
-                        "a run, a checkpoint folder, a .pth or .safetensors file",
-                        cxxopts::value<std::string>())(
-      "data", "PREFIX of the corpus to predict", cxxopts::value<std::string>())(
-      "baseline",
+  cxxopts::OptionAdder add = options.add_options();
+  add("model",
+      "a run, a checkpoint folder, a .pth or .safetensors file",
+      cxxopts::value<std::string>());
+  add("data", "PREFIX of the corpus to predict", cxxopts::value<std::string>());
+  add("baseline",
       "PREFIX of a corpus to count: adds unigram and bigram models of it to compare with",
-      cxxopts::value<std::string>())(
-      "ctx-len",
+      cxxopts::value<std::string>());
+  add("ctx-len",
       "tokens predicted from an empty state; default: what the model was trained with, else 1024",
-      cxxopts::value<int64_t>())(
-      "batch-size", "windows at once", cxxopts::value<int64_t>()->default_value("8"))(
-      "dtype", "fp32 or bf16", cxxopts::value<std::string>()->default_value("fp32"));
+      cxxopts::value<int64_t>());
+  add("batch-size", "windows at once", cxxopts::value<int64_t>()->default_value("8"));
+  add("dtype", "fp32 or bf16", cxxopts::value<std::string>()->default_value("fp32"));
   const auto parsed = parse_options(options, argc, argv, kExample, {"model", "data"});
   if (!parsed) {
     return 0;

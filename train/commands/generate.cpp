@@ -46,23 +46,24 @@ void check_vocabulary(const Tokenizer& tokenizer, const ModelConfig& config) {
 int generate_command(int argc, char** argv) {
   cxxopts::Options options("rookery generate",
                            "Continues a prompt in RNN mode: constant time and memory a token.\n");
-  options.add_options()("model",
-                        "a run, a checkpoint folder, a .pth or .safetensors file",
-                        cxxopts::value<std::string>())(
-      "tokenizer", "default: the one the model was trained with", cxxopts::value<std::string>())(
-      "prompt",
+  cxxopts::OptionAdder add = options.add_options();
+  add("model",
+      "a run, a checkpoint folder, a .pth or .safetensors file",
+      cxxopts::value<std::string>());
+  add("tokenizer", "default: the one the model was trained with", cxxopts::value<std::string>());
+  add("prompt",
       "text to continue; none starts a document",
-      cxxopts::value<std::string>()->default_value(""))(
-      "length", "tokens to generate", cxxopts::value<int64_t>()->default_value("100"))(
-      "temperature",
+      cxxopts::value<std::string>()->default_value(""));
+  add("length", "tokens to generate", cxxopts::value<int64_t>()->default_value("100"));
+  add("temperature",
       "0 takes the most likely token",
-      cxxopts::value<double>()->default_value("1.0"))(
-      "top-p",
+      cxxopts::value<double>()->default_value("1.0"));
+  add("top-p",
       "sample from the likeliest tokens with this probability in all",
-      cxxopts::value<double>()->default_value("0.9"))(
-      "top-k", "and from this many at most; 0: all", cxxopts::value<int64_t>()->default_value("0"))(
-      "seed", "the same seed gives the same text", cxxopts::value<uint64_t>()->default_value("1"))(
-      "dtype", "fp32 or bf16", cxxopts::value<std::string>()->default_value("fp32"));
+      cxxopts::value<double>()->default_value("0.9"));
+  add("top-k", "and from this many at most; 0: all", cxxopts::value<int64_t>()->default_value("0"));
+  add("seed", "the same seed gives the same text", cxxopts::value<uint64_t>()->default_value("1"));
+  add("dtype", "fp32 or bf16", cxxopts::value<std::string>()->default_value("fp32"));
   const auto parsed = parse_options(options, argc, argv, kExample, {"model"});
   if (!parsed) {
     return 0;

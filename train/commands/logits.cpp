@@ -66,16 +66,17 @@ int logits_command(int argc, char** argv) {
   cxxopts::Options options("rookery logits",
                            "Prints the logits after the last token, one a line; with --all writes "
                            "those of every position.\n");
-  options.add_options()("model",
-                        "a run, a checkpoint folder, a .pth or .safetensors file",
-                        cxxopts::value<std::string>())(
-      "tokens", "token ids, separated by commas", cxxopts::value<std::string>())(
-      "mode",
+  cxxopts::OptionAdder add = options.add_options();
+  add("model",
+      "a run, a checkpoint folder, a .pth or .safetensors file",
+      cxxopts::value<std::string>());
+  add("tokens", "token ids, separated by commas", cxxopts::value<std::string>());
+  add("mode",
       "parallel (GPT mode) or recurrent (RNN mode)",
-      cxxopts::value<std::string>()->default_value("parallel"))(
-      "all", "every position's, as \"logits\" [T, V] in --output")(
-      "output", "a .safetensors file, with --all", cxxopts::value<std::string>())(
-      "dtype", "fp32 or bf16", cxxopts::value<std::string>()->default_value("fp32"));
+      cxxopts::value<std::string>()->default_value("parallel"));
+  add("all", "every position's, as \"logits\" [T, V] in --output");
+  add("output", "a .safetensors file, with --all", cxxopts::value<std::string>());
+  add("dtype", "fp32 or bf16", cxxopts::value<std::string>()->default_value("fp32"));
   const auto parsed = parse_options(options, argc, argv, kExample, {"model", "tokens"});
   if (!parsed) {
     return 0;

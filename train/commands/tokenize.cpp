@@ -22,12 +22,13 @@ int tokenize_command(int argc, char** argv) {
       "Turns text (.txt: one document a file; .jsonl: one a row; each also .gz or .zst) into the\n"
       "token files PREFIX.bin and PREFIX.idx.\n\nTokenizers:\n" +
           describe_tokenizer_specs());
-  options.add_options()("tokenizer", "see above", cxxopts::value<std::string>())(
-      "output", "PREFIX of the files to write", cxxopts::value<std::string>())(
-      "jsonl-key",
+  cxxopts::OptionAdder add = options.add_options();
+  add("tokenizer", "see above", cxxopts::value<std::string>());
+  add("output", "PREFIX of the files to write", cxxopts::value<std::string>());
+  add("jsonl-key",
       "key of the text in .jsonl rows",
-      cxxopts::value<std::string>()->default_value("text"))(
-      "files", "text files", cxxopts::value<std::vector<std::string>>());
+      cxxopts::value<std::string>()->default_value("text"));
+  add("files", "text files", cxxopts::value<std::vector<std::string>>());
   options.parse_positional({"files"});
   options.positional_help("FILE...");
   const auto parsed =

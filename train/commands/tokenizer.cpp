@@ -16,17 +16,17 @@ int train_tokenizer(int argc, char** argv) {
       "rookery tokenizer train",
       "Trains a sentencepiece tokenizer on text: .txt or .jsonl, each also .gz "
       "or .zst.\n");
-  options.add_options()(
-      "input", "a text file; may be given again", cxxopts::value<std::vector<std::string>>())(
-      "output", "the model file to write", cxxopts::value<std::string>())(
-      "vocab-size",
+  cxxopts::OptionAdder add = options.add_options();
+  add("input", "a text file; may be given again", cxxopts::value<std::vector<std::string>>());
+  add("output", "the model file to write", cxxopts::value<std::string>());
+  add("vocab-size",
       "number of tokens",
-      cxxopts::value<int64_t>()->default_value(std::to_string(defaults.vocab_size)))(
-      "kind", "unigram or bpe", cxxopts::value<std::string>()->default_value("unigram"))(
-      "max-lines",
+      cxxopts::value<int64_t>()->default_value(std::to_string(defaults.vocab_size)));
+  add("kind", "unigram or bpe", cxxopts::value<std::string>()->default_value("unigram"));
+  add("max-lines",
       "lines sampled from a longer corpus",
-      cxxopts::value<int64_t>()->default_value(std::to_string(defaults.max_lines)))(
-      "jsonl-key",
+      cxxopts::value<int64_t>()->default_value(std::to_string(defaults.max_lines)));
+  add("jsonl-key",
       "key of the text in .jsonl rows",
       cxxopts::value<std::string>()->default_value(defaults.jsonl_key));
   const auto parsed = parse_options(options, argc, argv, kExample, {"input", "output"});

@@ -15,11 +15,12 @@ int train_command(int argc, char** argv) {
   cxxopts::Options options("rookery train",
                            "Trains a model. Started again in its train.run_dir, a run goes on from "
                            "its newest checkpoint.\n");
-  options.add_options()("config", "the run's TOML file", cxxopts::value<std::string>())(
-      "set",
+  cxxopts::OptionAdder add = options.add_options();
+  add("config", "the run's TOML file", cxxopts::value<std::string>());
+  add("set",
       "section.key=value, over what the file says; may be given again",
-      cxxopts::value<std::vector<std::string>>())(
-      "print-config", "print the configuration with all that follows from it, and end");
+      cxxopts::value<std::vector<std::string>>());
+  add("print-config", "print the configuration with all that follows from it, and end");
   const auto parsed = parse_options(options, argc, argv, kExample, {"config"});
   if (!parsed) {
     return 0;
