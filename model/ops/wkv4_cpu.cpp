@@ -1,6 +1,6 @@
 // CPU kernels of wkv4. A thread owns one batch row and one vector of channels and walks time; all
 // arithmetic is fp32 (fp64 for fp64 inputs). Per token and channel: forward two exponentials and a
-// division, backward six and one. At L6 D384 B8 T256 that is about 3 % of a training
+// division, backward six and one. At L6 D384 B8 T256 that is about 2 % of a training
 // step (tests/bench/bench_wkv4.cpp).
 #include <vector>
 
