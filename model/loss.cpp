@@ -13,8 +13,8 @@ at::Tensor in_fp32(const at::Tensor& tensor) {
   return tensor.scalar_type() == at::kDouble ? tensor : tensor.to(at::kFloat);
 }
 
-// Forward and gradient in one function, so that the probabilities are computed once and the
-// gradient is written over them.
+// Forward and gradient in one function: backward starts from the log-probabilities of forward, and
+// L2Wrap joins the gradient in the same pass over the logits.
 struct CrossEntropyFunction : torch::autograd::Function<CrossEntropyFunction> {
   static at::Tensor forward(AutogradContext* context,
                             const at::Tensor& logits_NV,
