@@ -12,11 +12,11 @@
 #pragma once
 
 #include <cstdint>
-#include <optional>
 #include <string>
 
 #include "train/optimizer.h"
 #include "train/run_config.h"
+#include "train/run_folder.h"
 
 namespace rwkv {
 
@@ -26,17 +26,14 @@ struct TrainerState {
   int64_t tokens = 0;   // tokens trained on
 };
 
-// Writes the checkpoint of `state.step`, then deletes the oldest beyond `keep` >= 1 and whatever an
-// interrupted save left. Returns its path. Throws std::runtime_error naming the file and the
-// reason; nothing of the failed checkpoint is left, and no older one is deleted.
+// Writes the checkpoint of `state.step`, then deletes those that `retention` does not keep and
+// whatever an interrupted save left. Returns its path. Throws std::runtime_error naming the file
+// and the reason; nothing of the failed checkpoint is left, and no older one is deleted.
 std::string save_checkpoint(const std::string& run_dir,
                             const RunConfig& config,
                             const Optimizer& optimizer,
                             const TrainerState& state,
-                            int64_t keep);
-
-// Path of the checkpoint with the largest step in a run, if there is one.
-std::optional<std::string> newest_checkpoint(const std::string& run_dir);
+                            const Retention& retention);
 
 struct SavedRun {
   RunConfig config;
@@ -46,12 +43,5 @@ struct SavedRun {
 SavedRun read_saved_run(const std::string& checkpoint);
 // Fills the optimizer from a checkpoint. Throws std::runtime_error naming file and tensor.
 void load_optimizer(const std::string& checkpoint, const TrainerState& state, Optimizer& optimizer);
-
-// The weights that a path given by a user means: a run's newest checkpoint, or the path itself (a
-// checkpoint folder or a weight file). Throws std::runtime_error if a run holds no checkpoint.
-std::string find_model(const std::string& path);
-
-// The configuration kept in a model file's metadata, if it was made by us.
-std::optional<RunConfig> config_in(const WeightFile& file);
 
 }  // namespace rwkv

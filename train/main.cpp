@@ -1,26 +1,31 @@
 // rookery <command>: finds the command and runs it.
+#include <algorithm>
 #include <iostream>
 #include <stdexcept>
 #include <string_view>
 
 #include "train/commands/commands.h"
 #include "train/run_main.h"
+#include "train/torch_library.h"
 
 namespace {
 
 struct Command {
   std::string_view name;
   std::string_view summary;
-  int (*run)(int argc, char** argv);
+  int (*run)(int argc, char** argv);  // none: it needs LibTorch, and lies in its library
 };
+
+constexpr auto kNeedsTorch = nullptr;
+constexpr std::string_view kVerbose = "--verbose";
 
 constexpr Command kCommands[] = {
     {"tokenizer", "train a sentencepiece tokenizer on text", &rwkv::tokenizer_command},
     {"tokenize", "turn text into token files", &rwkv::tokenize_command},
-    {"train", "train a model, or go on with a run", &rwkv::train_command},
-    {"eval", "loss of a model on a corpus", &rwkv::eval_command},
-    {"generate", "continue a prompt", &rwkv::generate_command},
-    {"logits", "a model's logits for given tokens", &rwkv::logits_command},
+    {"train", "train a model, or go on with a run", kNeedsTorch},
+    {"eval", "loss of a model on a corpus", kNeedsTorch},
+    {"generate", "continue a prompt", kNeedsTorch},
+    {"logits", "a model's logits for given tokens", kNeedsTorch},
     {"convert", "between .pth and .safetensors", &rwkv::convert_command},
 };
 
@@ -31,10 +36,21 @@ void print_help() {
     std::cout << "  " << command.name << std::string(12 - command.name.size(), ' ')
               << command.summary << '\n';
   }
-  std::cout << "\nEach command has --help, with an example:\n  rookery train --help\n";
+  std::cout << "\nEach command has --help, with an example:\n  rookery train --help\n\n"
+            << "--verbose, with any command, adds the place in the program to the text of a bug.\n";
+}
+
+// Takes --verbose, which every command has, out of the arguments.
+bool take_verbose(int& argc, char** argv) {
+  char** const end = std::remove_if(
+      argv + 1, argv + argc, [](const char* argument) { return argument == kVerbose; });
+  const bool found = end != argv + argc;
+  argc = static_cast<int>(end - argv);
+  return found;
 }
 
 int dispatch(int argc, char** argv) {
+  const bool verbose = take_verbose(argc, argv);
   const std::string_view name = argc > 1 ? argv[1] : "--help";
   if (name == "--help" || name == "-h" || name == "help") {
     print_help();
@@ -46,7 +62,9 @@ int dispatch(int argc, char** argv) {
   }
   for (const Command& command : kCommands) {
     if (command.name == name) {
-      return command.run(argc - 1, argv + 1);
+      return command.run == kNeedsTorch
+                 ? rwkv::run_torch_command(command.name.data(), argc - 1, argv + 1, verbose)
+                 : command.run(argc - 1, argv + 1);
     }
   }
   throw std::invalid_argument("there is no command \"" + std::string(name) +

@@ -8,8 +8,6 @@
 #include <string>
 #include <string_view>
 
-#include <c10/util/Exception.h>
-
 #include <cxxopts.hpp>
 #include <spdlog/sinks/stdout_color_sinks.h>
 #include <spdlog/spdlog.h>
@@ -67,15 +65,10 @@ int run_main(const std::function<int()>& command) {
     return report(kExitUsage, error.what());
   } catch (const std::bad_alloc&) {
     return report(kExitFailed, kMemoryHint);
-  } catch (const c10::OutOfMemoryError& error) {
-    return report(kExitFailed, std::string(kMemoryHint) + ": " + error.what_without_backtrace());
-  } catch (const c10::Error& error) {
-    const std::string text = error.what_without_backtrace();
-    // The CPU allocator reports exhaustion as a plain error.
-    if (text.find("DefaultCPUAllocator") != std::string::npos) {
-      return report(kExitFailed, std::string(kMemoryHint) + ": " + text);
-    }
-    return report(kExitBug, "a bug in rookery: " + text);
+  } catch (const OutOfMemory& error) {
+    return report(kExitFailed, std::string(kMemoryHint) + ": " + error.what());
+  } catch (const BugError& error) {
+    return report(kExitBug, "a bug in rookery: " + std::string(error.what()));
   } catch (const std::exception& error) {
     return report(kExitFailed, error.what());
   }

@@ -2,8 +2,18 @@
 #pragma once
 
 #include <functional>
+#include <stdexcept>
 
 namespace rwkv {
+
+// Our mistake, not the user's and not the machine's.
+struct BugError : std::logic_error {
+  using std::logic_error::logic_error;
+};
+// The text says what was asked for; the advice is added where it is reported.
+struct OutOfMemory : std::runtime_error {
+  using std::runtime_error::runtime_error;
+};
 
 // 0 done, 1 the run failed (a file, the machine), 2 usage or configuration, 70 a bug of ours.
 inline constexpr int kExitFailed = 1;

@@ -210,8 +210,11 @@ double Trainer::validate() {
 }
 
 void Trainer::save() {
-  const std::string path = save_checkpoint(
-      config_.train.run_dir, config_, *optimizer_, state_, config_.train.keep_checkpoints);
+  const std::string path = save_checkpoint(config_.train.run_dir,
+                                           config_,
+                                           *optimizer_,
+                                           state_,
+                                           {.newest = config_.train.keep_checkpoints});
   spdlog::info("saved {}", path);
 }
 

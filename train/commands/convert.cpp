@@ -5,8 +5,8 @@
 #include <vector>
 
 #include "model/formats/format_registry.h"
-#include "train/checkpoint.h"
 #include "train/commands/commands.h"
+#include "train/run_folder.h"
 
 namespace rwkv {
 namespace {

@@ -1,0 +1,172 @@
+#include "train/run_folder.h"
+
+#include <algorithm>
+#include <array>
+#include <cerrno>
+#include <cstring>
+#include <stdexcept>
+#include <system_error>
+#include <utility>
+#include <vector>
+
+#include <fcntl.h>
+#include <sys/file.h>
+#include <unistd.h>
+
+namespace rwkv {
+namespace {
+
+namespace fs = std::filesystem;
+
+constexpr std::string_view kStepPrefix = "step_";
+constexpr std::string_view kPartialPrefix = "partial_";
+
+// Step of a checkpoint's folder; nothing if the name is another.
+std::optional<int64_t> step_of(const fs::path& folder) {
+  const std::string name = folder.filename().string();
+  const std::string digits = name.substr(std::min(kStepPrefix.size(), name.size()));
+  if (!name.starts_with(kStepPrefix) || digits.empty() || digits.size() > 18 ||
+      digits.find_first_not_of("0123456789") != std::string::npos) {
+    return std::nullopt;
+  }
+  return std::stoll(digits);
+}
+
+// Complete checkpoints in order of their steps.
+std::vector<std::pair<int64_t, fs::path>> list_checkpoints(const std::string& run_dir) {
+  std::vector<std::pair<int64_t, fs::path>> found;
+  const fs::path folder = checkpoints_folder(run_dir);
+  if (fs::is_directory(folder)) {
+    for (const auto& entry : fs::directory_iterator(folder)) {
+      if (const auto step = step_of(entry.path()); step && entry.is_directory()) {
+        found.emplace_back(*step, entry.path());
+      }
+    }
+  }
+  std::sort(found.begin(), found.end());
+  return found;
+}
+
+// Renamed first: a checkpoint that is half deleted must not look like a whole one.
+void delete_checkpoint(const fs::path& folder) {
+  const fs::path doomed = folder.parent_path() / partial_name(folder.filename().string());
+  fs::remove_all(doomed);
+  fs::rename(folder, doomed);
+  fs::remove_all(doomed);
+}
+
+std::string host_name() {
+  std::array<char, 256> name{};
+  return gethostname(name.data(), name.size() - 1) == 0 ? name.data() : "an unknown host";
+}
+
+// What the program that holds a lock wrote into it.
+std::string holder_of(int file) {
+  std::array<char, 400> text{};
+  const ssize_t size = pread(file, text.data(), text.size() - 1, 0);
+  return size > 0 ? std::string(text.data(), static_cast<size_t>(size)) : "another program";
+}
+
+}  // namespace
+
+fs::path checkpoints_folder(const std::string& run_dir) {
+  return fs::path(run_dir) / "checkpoints";
+}
+
+std::string checkpoint_name(int64_t step) {
+  const std::string digits = std::to_string(step);
+  return std::string(kStepPrefix) + std::string(8 - std::min<size_t>(8, digits.size()), '0') +
+         digits;
+}
+
+std::string partial_name(const std::string& checkpoint_name) {
+  return std::string(kPartialPrefix) + checkpoint_name;
+}
+
+std::optional<std::string> newest_checkpoint(const std::string& run_dir,
+                                             std::optional<int64_t> before_step) {
+  std::optional<std::string> newest;
+  for (const auto& [step, folder] : list_checkpoints(run_dir)) {
+    if (!before_step || step < *before_step) {
+      newest = folder.string();
+    }
+  }
+  return newest;
+}
+
+void delete_old_checkpoints(const std::string& run_dir, const Retention& retention) {
+  const auto checkpoints = list_checkpoints(run_dir);
+  const auto num_old = static_cast<int64_t>(checkpoints.size()) - retention.newest;
+  for (int64_t i = 0; i < num_old; ++i) {
+    const auto& [step, folder] = checkpoints[static_cast<size_t>(i)];
+    if (!retention.every_steps || step % *retention.every_steps != 0) {
+      delete_checkpoint(folder);
+    }
+  }
+  for (const auto& entry : fs::directory_iterator(checkpoints_folder(run_dir))) {
+    if (entry.path().filename().string().starts_with(kPartialPrefix)) {
+      fs::remove_all(entry.path());
+    }
+  }
+}
+
+std::string find_model(const std::string& path) {
+  if (!fs::is_directory(checkpoints_folder(path))) {
+    return path;
+  }
+  const auto newest = newest_checkpoint(path);
+  if (!newest) {
+    throw std::runtime_error(checkpoints_folder(path).string() +
+                             ": holds no checkpoint yet, expected folders step_...; train first");
+  }
+  return *newest;
+}
+
+RunConfig parse_kept_config(const std::string& text, const std::string& name) {
+  try {
+    return parse_run_config(text, name);
+  } catch (const std::invalid_argument& error) {
+    throw std::runtime_error(error.what());
+  }
+}
+
+std::optional<RunConfig> config_in(const WeightFile& file) {
+  const auto found = file.metadata.find(kRunConfigKey);
+  if (found == file.metadata.end()) {
+    return std::nullopt;
+  }
+  return parse_kept_config(found->second, file.path + " (" + kRunConfigKey + ")");
+}
+
+RunLock::RunLock(const std::string& run_dir) {
+  std::error_code error;
+  fs::create_directories(run_dir, error);
+  if (error) {
+    throw std::runtime_error(run_dir + ": cannot be made the run's folder: " + error.message() +
+                             "; name another train.run_dir");
+  }
+  const std::string path = (fs::path(run_dir) / "lock").string();
+  file_ = open(path.c_str(), O_RDWR | O_CREAT | O_CLOEXEC, 0644);
+  if (file_ < 0) {
+    throw std::runtime_error(path + ": cannot be opened for writing: " + std::strerror(errno) +
+                             "; name another train.run_dir");
+  }
+  if (flock(file_, LOCK_EX | LOCK_NB) != 0) {
+    const std::string holder = errno == EWOULDBLOCK ? holder_of(file_) : std::strerror(errno);
+    close(file_);
+    throw std::runtime_error(run_dir + ": " + holder +
+                             " trains in this folder, and two would spoil each other's files; "
+                             "wait for its end, or name another train.run_dir");
+  }
+  const std::string holder = "process " + std::to_string(getpid()) + " on " + host_name();
+  // Only for the text above: a lock that cannot say who holds it still locks.
+  if (ftruncate(file_, 0) != 0 || pwrite(file_, holder.data(), holder.size(), 0) < 0) {
+    return;
+  }
+}
+
+RunLock::~RunLock() {
+  close(file_);
+}
+
+}  // namespace rwkv

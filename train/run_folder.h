@@ -1,0 +1,70 @@
+// The folder of a run, RUN: what lies where, which of its checkpoints stay, and that one program at
+// a time trains in it. No Torch.
+//
+//   RUN/config.toml            the resolved configuration
+//   RUN/parameters.txt         every tensor of the model: shape, whether it is trained, how fast
+//   RUN/metrics.jsonl          a line for each logged step (train/metrics.h)
+//   RUN/samples.jsonl          texts written during the run, if asked for
+//   RUN/starts.jsonl           a line for each start of the run
+//   RUN/tensorboard/           event files (train/event_file.h)
+//   RUN/checkpoints/step_...   a folder each (train/checkpoint.h)
+//   RUN/lock                   held while a program trains here
+#pragma once
+
+#include <cstdint>
+#include <filesystem>
+#include <optional>
+#include <string>
+
+#include "model/formats/weight_file.h"
+#include "train/run_config.h"
+
+namespace rwkv {
+
+// Key of the resolved configuration in the metadata of our model files.
+inline constexpr const char* kRunConfigKey = "rookery.config";
+
+std::filesystem::path checkpoints_folder(const std::string& run_dir);
+// "step_00000200".
+std::string checkpoint_name(int64_t step);
+// The name under which a checkpoint is written, or deleted: not taken for a whole one.
+std::string partial_name(const std::string& checkpoint_name);
+
+// Path of the checkpoint with the largest step in a run, if there is one; with `before_step`, of
+// those with a smaller step than that.
+std::optional<std::string> newest_checkpoint(const std::string& run_dir,
+                                             std::optional<int64_t> before_step = {});
+
+// Which checkpoints stay: the newest ones, and those whose step is a multiple of every_steps.
+struct Retention {
+  int64_t newest = 1;  // 1 or more, so that the last one always stays
+  std::optional<int64_t> every_steps = {};
+};
+// Deletes the others, and whatever an interrupted save or deletion left.
+void delete_old_checkpoints(const std::string& run_dir, const Retention& retention);
+
+// The weights that a path given by a user means: a run's newest checkpoint, or the path itself (a
+// checkpoint folder or a weight file). Throws std::runtime_error if a run holds no checkpoint.
+std::string find_model(const std::string& path);
+
+// The configuration kept in a model file's metadata, if it was made by us.
+std::optional<RunConfig> config_in(const WeightFile& file);
+// Reads a configuration kept in a file of ours: what is wrong with it is the file's fault
+// (std::runtime_error), not the user's.
+RunConfig parse_kept_config(const std::string& text, const std::string& name);
+
+// Makes the folder if needed and holds RUN/lock until destroyed; the operating system lets go of it
+// when the program ends, however it ends. Throws std::runtime_error naming the program that holds
+// it, or the folder that cannot be made or written.
+class RunLock {
+ public:
+  explicit RunLock(const std::string& run_dir);
+  ~RunLock();
+  RunLock(const RunLock&) = delete;
+  RunLock& operator=(const RunLock&) = delete;
+
+ private:
+  int file_ = -1;
+};
+
+}  // namespace rwkv

@@ -1,0 +1,37 @@
+#include "train/torch_library.h"
+
+#include <filesystem>
+#include <stdexcept>
+
+#include <dlfcn.h>
+
+namespace rwkv {
+namespace {
+
+using RunTorchCommand = int (*)(const char* name, int argc, char** argv, bool verbose);
+
+RunTorchCommand load_entry() {
+  const std::string path = torch_library_path();
+  // Global: a kernel library loaded later finds LibTorch's dispatcher, not a second one.
+  void* library = dlopen(path.c_str(), RTLD_NOW | RTLD_GLOBAL);
+  void* entry = library == nullptr ? nullptr : dlsym(library, "rookery_run_torch_command");
+  if (entry == nullptr) {
+    throw std::runtime_error(path + ": cannot be loaded: " + dlerror() +
+                             "; build again, or copy bin and lib of an installation together");
+  }
+  return reinterpret_cast<RunTorchCommand>(entry);
+}
+
+}  // namespace
+
+std::string torch_library_path() {
+  const std::filesystem::path program = std::filesystem::read_symlink("/proc/self/exe");
+  return (program.parent_path().parent_path() / "lib" / "librookery_torch.so").string();
+}
+
+int run_torch_command(const char* name, int argc, char** argv, bool verbose) {
+  static const RunTorchCommand entry = load_entry();
+  return entry(name, argc, argv, verbose);
+}
+
+}  // namespace rwkv
