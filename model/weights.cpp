@@ -1,8 +1,11 @@
 #include "model/weights.h"
 
+#include <algorithm>
 #include <stdexcept>
 
 #include <ATen/ATen.h>
+
+#include <fnmatch.h>
 
 #include "model/formats/format_registry.h"
 
@@ -43,6 +46,52 @@ std::vector<int64_t> squeezed(at::IntArrayRef shape) {
     }
   }
   return sizes;
+}
+
+// Where a parameter is loaded from, and by which rules.
+struct Loading {
+  const std::string& path;
+  const ModelConfig& config;
+  LoadRules::NewRows new_rows;
+};
+
+bool has_row_per_token(const std::string& name) {
+  return name == "emb.weight" || name == "head.weight";
+}
+
+// A matrix of fewer rows than the parameter: its rows first, then those that the rule says.
+void load_with_new_rows(at::Tensor& parameter, const at::Tensor& rows, LoadRules::NewRows rule) {
+  parameter.slice(0, 0, rows.size(0)).copy_(rows);
+  at::Tensor added = parameter.slice(0, rows.size(0));
+  if (rule == LoadRules::NewRows::kMean) {
+    added.copy_(rows.to(at::kDouble).mean(0, /*keepdim=*/true).expand(added.sizes()));
+  } else {
+    added.zero_();
+  }
+}
+
+void load_parameter(const std::string& name,
+                    at::Tensor& parameter,
+                    const StoredTensor& stored,
+                    const Loading& loading) {
+  if (!at::isFloatingType(to_scalar_type(stored.dtype))) {
+    throw std::runtime_error(loading.path + ": " + name + " has elements of type " +
+                             std::string(name_of(stored.dtype)) +
+                             ", expected a float type; is the model quantized?");
+  }
+  if (squeezed(stored.shape) == squeezed(parameter.sizes())) {
+    parameter.copy_(to_tensor(stored).view(parameter.sizes()));
+  } else if (loading.new_rows != LoadRules::NewRows::kRefused && has_row_per_token(name) &&
+             stored.shape.size() == 2 && stored.shape[1] == parameter.size(1) &&
+             stored.shape[0] >= 1 && stored.shape[0] < parameter.size(0)) {
+    load_with_new_rows(parameter, to_tensor(stored), loading.new_rows);
+  } else {
+    throw std::runtime_error(loading.path + ": " + name + " is " + to_string(stored.shape) +
+                             ", expected " + to_string(parameter.sizes()) +
+                             " for model.n_embd = " + std::to_string(loading.config.n_embd) +
+                             ", n_layer = " + std::to_string(loading.config.n_layer) +
+                             ", vocab_size = " + std::to_string(loading.config.vocab_size));
+  }
 }
 
 }  // namespace
@@ -93,52 +142,51 @@ TensorShapes shapes_of(const WeightFile& file) {
   return shapes;
 }
 
-void load_weights(RwkvModel& model, const WeightFile& file) {
+bool matches_any(const std::vector<std::string>& patterns, const std::string& name) {
+  return std::any_of(patterns.begin(), patterns.end(), [&](const std::string& pattern) {
+    return fnmatch(pattern.c_str(), name.c_str(), 0) == 0;
+  });
+}
+
+void load_weights(RwkvModel& model, const WeightFile& file, const LoadRules& rules) {
   const at::NoGradGuard no_grad;
+  const ModelConfig& config = model->config();
   auto parameters = model->named_parameters();
   for (auto& item : parameters) {
     const StoredTensor* stored = file.find(item.key());
-    if (stored == nullptr) {
+    if (stored != nullptr) {
+      load_parameter(item.key(), item.value(), *stored, {file.path, config, rules.new_rows});
+    } else if (!matches_any(rules.may_be_missing, item.key())) {
       throw std::runtime_error(file.path + ": " + item.key() + " is missing; expected " +
                                to_string(item.value().sizes()) + " for a model of version " +
-                               model->config().version);
+                               config.version);
     }
-    if (squeezed(stored->shape) != squeezed(item.value().sizes())) {
-      throw std::runtime_error(file.path + ": " + item.key() + " is " + to_string(stored->shape) +
-                               ", expected " + to_string(item.value().sizes()) +
-                               " for model.n_embd = " + std::to_string(model->config().n_embd) +
-                               ", n_layer = " + std::to_string(model->config().n_layer) +
-                               ", vocab_size = " + std::to_string(model->config().vocab_size));
-    }
-    if (!at::isFloatingType(to_scalar_type(stored->dtype))) {
-      throw std::runtime_error(file.path + ": " + item.key() + " has elements of type " +
-                               std::string(name_of(stored->dtype)) +
-                               ", expected a float type; is the model quantized?");
-    }
-    item.value().copy_(to_tensor(*stored).view(item.value().sizes()));
   }
   for (const StoredTensor& stored : file.tensors) {
-    if (!parameters.contains(stored.name)) {
+    if (!parameters.contains(stored.name) && !matches_any(rules.may_be_unexpected, stored.name)) {
       throw std::runtime_error(
           file.path + ": " + stored.name + " is unexpected in a model of version " +
-          model->config().version + " with " + std::to_string(model->config().n_layer) +
+          config.version + " with " + std::to_string(config.n_layer) +
           " layers; is it a variant, or does the file hold more than weights?");
     }
   }
 }
 
-RwkvModel open_model(const std::string& path, at::ScalarType dtype) {
-  const WeightFile file = read_weights(path);
+ModelConfig config_of(const WeightFile& file) {
   const TensorShapes shapes = shapes_of(file);
-  ModelConfig config;
   try {
-    config = recognise_version(shapes).config_of(shapes);
+    ModelConfig config = recognise_version(shapes).config_of(shapes);
     // Sizes from a file are the file's mistakes, not the user's values.
     config.validate();
+    return config;
   } catch (const std::exception& error) {
     throw std::runtime_error(file.path + ": " + error.what());
   }
-  RwkvModel model(config);
+}
+
+RwkvModel open_model(const std::string& path, at::ScalarType dtype) {
+  const WeightFile file = read_weights(path);
+  RwkvModel model(config_of(file));
   load_weights(model, file);
   model->set_dtype(dtype);
   return model;

@@ -27,11 +27,28 @@ std::vector<TensorToWrite> to_write(const NamedTensors& tensors);
 
 TensorShapes shapes_of(const WeightFile& file);
 
+// Whether a tensor's name matches one of the patterns, which are those of file names: * any
+// characters, ? one, [a-z] one of a set.
+bool matches_any(const std::vector<std::string>& patterns, const std::string& name);
+
+// What load_weights() may accept beside exactly the model's tensors. With no value given: nothing.
+struct LoadRules {
+  std::vector<std::string> may_be_missing = {};     // patterns; such parameters keep their values
+  std::vector<std::string> may_be_unexpected = {};  // patterns; such tensors are left out
+  // A model of a larger vocabulary than the file's: emb.weight and head.weight take the file's rows
+  // first; the rows after them become the mean of those, or zero.
+  enum class NewRows { kRefused, kMean, kZero };
+  NewRows new_rows = NewRows::kRefused;
+};
+
 // Copies a file's tensors into the model's parameters, converting dtypes. Vectors may have other
 // axes of size 1 than the model's ([C] for [1, 1, C]).
 // Throws std::runtime_error naming the file and the first tensor that is missing, unexpected or of
 // another shape, with both shapes.
-void load_weights(RwkvModel& model, const WeightFile& file);
+void load_weights(RwkvModel& model, const WeightFile& file, const LoadRules& rules = {});
+
+// The version and sizes that a file's tensors tell. Throws std::runtime_error naming the file.
+ModelConfig config_of(const WeightFile& file);
 
 // Builds the model that a file or checkpoint directory holds, in the given dtype: version and
 // sizes are told by the tensors. Throws std::runtime_error as load_weights does.

@@ -59,11 +59,11 @@ std::string save_checkpoint(const std::string& run_dir,
                       to_write(weights),
                       {{"format", "pt"}, {kRunConfigKey, config_text}});
     write_safetensors((partial / "optimizer.safetensors").string(), to_write(moments), {});
-    write_text(
-        partial / "trainer.json",
-        nlohmann::json{{"step", state.step}, {"samples", state.samples}, {"tokens", state.tokens}}
-                .dump(2) +
-            "\n");
+    const nlohmann::ordered_json progress = {{"step", state.step},
+                                             {"samples", state.samples},
+                                             {"tokens", state.tokens},
+                                             {"elapsed_s", state.elapsed_s}};
+    write_text(partial / "trainer.json", progress.dump(2) + "\n");
     write_text(partial / "config.toml", config_text);
     // A run that went on from an older checkpoint comes past this step again.
     fs::remove_all(final_path);
@@ -85,8 +85,10 @@ SavedRun read_saved_run(const std::string& checkpoint) {
                  .state = {}};
   try {
     const auto json = nlohmann::json::parse(read_text_file(state_path));
-    saved.state = {
-        .step = json.at("step"), .samples = json.at("samples"), .tokens = json.at("tokens")};
+    saved.state = {.step = json.at("step"),
+                   .samples = json.at("samples"),
+                   .tokens = json.at("tokens"),
+                   .elapsed_s = json.value("elapsed_s", 0.0)};
   } catch (const nlohmann::json::exception& error) {
     throw std::runtime_error(state_path + ": not the state of a trainer: " + error.what());
   }

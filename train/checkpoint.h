@@ -4,7 +4,8 @@
 //     model.safetensors      master weights, fp32, RWKV-LM's names; metadata "rookery.config" holds
 //                            the resolved configuration
 //     optimizer.safetensors  AdamW's moments as m.<name> and v.<name>, fp32
-//     trainer.json           step, tokens and samples seen: data position and schedule follow
+//     trainer.json           step, tokens and samples seen: data position and schedule follow; and
+//                            the seconds that it took
 //     config.toml            the resolved configuration
 // A checkpoint is written under a name that starts with "partial_", made durable, and renamed.
 // Nothing random is drawn after the initial weights (sample order is a function of the seed and the
@@ -21,9 +22,10 @@
 namespace rwkv {
 
 struct TrainerState {
-  int64_t step = 0;     // updates done
-  int64_t samples = 0;  // samples consumed: the next one has this number
-  int64_t tokens = 0;   // tokens trained on
+  int64_t step = 0;      // updates done
+  int64_t samples = 0;   // samples consumed: the next one has this number
+  int64_t tokens = 0;    // tokens trained on
+  double elapsed_s = 0;  // seconds of training, those before restarts included
 };
 
 // Writes the checkpoint of `state.step`, then deletes those that `retention` does not keep and

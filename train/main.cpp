@@ -7,6 +7,7 @@
 #include "train/commands/commands.h"
 #include "train/run_main.h"
 #include "train/torch_library.h"
+#include "train/version.h"
 
 namespace {
 
@@ -30,7 +31,7 @@ constexpr Command kCommands[] = {
 };
 
 void print_help() {
-  std::cout << "rookery " << ROOKERY_VERSION << ": train RWKV language models\n\n"
+  std::cout << "rookery " << rwkv::rookery_version() << ": train RWKV language models\n\n"
             << "Usage:\n  rookery COMMAND [OPTION...]\n\nCommands:\n";
   for (const Command& command : kCommands) {
     std::cout << "  " << command.name << std::string(12 - command.name.size(), ' ')
@@ -57,7 +58,7 @@ int dispatch(int argc, char** argv) {
     return 0;
   }
   if (name == "--version") {
-    std::cout << "rookery " << ROOKERY_VERSION << '\n';
+    std::cout << "rookery " << rwkv::rookery_version() << '\n';
     return 0;
   }
   for (const Command& command : kCommands) {

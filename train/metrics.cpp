@@ -43,26 +43,11 @@ std::string padded(const std::string& text, size_t width) {
   return std::string(width - std::min(width, text.size()), ' ') + text;
 }
 
-nlohmann::ordered_json to_json(const StepRecord& record) {
-  nlohmann::ordered_json line = {{"step", record.step},
-                                 {"total_steps", record.total_steps},
-                                 {"tokens", record.tokens},
-                                 {"loss", record.loss},
-                                 {"smoothed_loss", record.smoothed_loss},
-                                 {"lr", record.lr},
-                                 {"grad_norm", record.grad_norm}};
-  const auto add = [&](const char* name, const std::optional<double>& value) {
-    if (value) {
-      line[name] = *value;
-    }
-  };
-  add("tokens_per_s", record.tokens_per_s);
-  add("seconds_left", record.seconds_left);
-  add("validation_loss", record.validation_loss);
-  return line;
+std::string percent(double share) {
+  return printf_text("%.0f%%", 100 * share);
 }
 
-// The step of a line, or nothing if it is no line of metrics.
+// The step of a line, or nothing if it is no object with one.
 std::optional<int64_t> step_of(std::string_view line) {
   const auto json = nlohmann::json::parse(line, nullptr, /*allow_exceptions=*/false);
   if (!json.is_object() || !json.contains("step") || !json["step"].is_number_integer()) {
@@ -86,7 +71,7 @@ std::string lines_up_to(const std::string& path, std::string_view text, int64_t 
     if (!step) {
       throw std::runtime_error(path + ":" + std::to_string(line_number) + ": \"" +
                                std::string(line.substr(0, 40)) +
-                               "\" is no line of metrics, expected a JSON object with a \"step\"; "
+                               "\" is not a JSON object with a \"step\"; "
                                "repair the line, or move the file away");
     }
     if (*step <= last_step) {
@@ -131,16 +116,33 @@ std::string format_count(int64_t count) {
   return printf_text("%.*f%c", decimals, value, units.front());
 }
 
+std::string format_bytes(int64_t bytes) {
+  const std::string count = format_count(bytes);
+  const bool has_unit = count.find_last_of("kMGT") != count.npos;
+  return has_unit ? count.substr(0, count.size() - 1) + " " + count.back() + "B" : count + " B";
+}
+
 std::string format_step_line(const StepRecord& record) {
-  const std::string total = with_thousands(record.total_steps);
-  std::string line = "step " + padded(with_thousands(record.step), total.size()) + "/" + total +
-                     " | " + padded(format_count(record.tokens), 5) + " tokens | loss " +
-                     printf_text("%.4f", record.loss) + " (avg " +
-                     printf_text("%.4f", record.smoothed_loss) + ") | lr " +
-                     printf_text("%.2e", record.lr) + " | grad " +
-                     printf_text("%.2f", record.grad_norm);
+  std::string line = "step " + with_thousands(record.step);
+  if (record.total_steps) {
+    const std::string total = with_thousands(*record.total_steps);
+    line = "step " + padded(with_thousands(record.step), total.size()) + "/" + total;
+  }
+  line += " | " + padded(format_count(record.tokens), 5) + " tokens | loss " +
+          printf_text("%.4f", record.loss) + " (avg " + printf_text("%.4f", record.smoothed_loss) +
+          ") | lr " + printf_text("%.2e", record.lr) + " | grad " +
+          printf_text("%.2f", record.grad_norm);
   if (record.tokens_per_s) {
     line += " | " + with_thousands(std::llround(*record.tokens_per_s)) + " tok/s";
+  }
+  if (record.mfu) {
+    line += " | mfu " + percent(*record.mfu);
+  }
+  if (record.data_wait) {
+    line += " | data " + percent(*record.data_wait);
+  }
+  if (record.memory_bytes) {
+    line += " | " + format_bytes(*record.memory_bytes);
   }
   if (record.seconds_left) {
     line += " | " + format_duration(*record.seconds_left) + " left";
@@ -151,35 +153,31 @@ std::string format_step_line(const StepRecord& record) {
   return line;
 }
 
-ProgressMeter::ProgressMeter(int64_t total_steps, int64_t tokens, double now_s)
-    : total_steps_(total_steps), marks_{{now_s, tokens}} {}
+ProgressMeter::ProgressMeter(int64_t tokens, double now_s) : marks_{{now_s, tokens, 0}} {}
 
-StepRecord ProgressMeter::finish_step(
-    int64_t step, int64_t tokens, double loss, double lr, double grad_norm, double now_s) {
+StepRecord ProgressMeter::finish_step(StepRecord record, double now_s, double waited_s) {
   // Divided by the sum of weights, so that the first steps are a mean and not pulled towards 0.
-  weighted_loss_ = kLossDecay * weighted_loss_ + loss;
+  weighted_loss_ = kLossDecay * weighted_loss_ + record.loss;
   weight_ = kLossDecay * weight_ + 1;
-  marks_.push_back({now_s - excluded_s_, tokens});
+  record.smoothed_loss = weighted_loss_ / weight_;
+  marks_.push_back({now_s - excluded_s_, record.tokens, waited_s});
   if (marks_.size() > kSpeedWindow + 1) {
     marks_.pop_front();
   }
-  StepRecord record = {.step = step,
-                       .total_steps = total_steps_,
-                       .tokens = tokens,
-                       .loss = loss,
-                       .smoothed_loss = weighted_loss_ / weight_,
-                       .lr = lr,
-                       .grad_norm = grad_norm};
   const double elapsed_s = marks_.back().time_s - marks_.front().time_s;
   if (elapsed_s > 0) {
     const double num_steps = static_cast<double>(marks_.size() - 1);
-    record.tokens_per_s = static_cast<double>(tokens - marks_.front().tokens) / elapsed_s;
-    record.seconds_left = static_cast<double>(total_steps_ - step) * elapsed_s / num_steps;
+    record.tokens_per_s = static_cast<double>(record.tokens - marks_.front().tokens) / elapsed_s;
+    record.data_wait = (waited_s - marks_.front().waited_s) / elapsed_s;
+    if (record.total_steps) {
+      const auto steps_left = static_cast<double>(*record.total_steps - record.step);
+      record.seconds_left = steps_left * elapsed_s / num_steps;
+    }
   }
   return record;
 }
 
-MetricsFile::MetricsFile(const std::string& path, int64_t resumed_step) : path_(path) {
+StepFile::StepFile(const std::string& path, int64_t resumed_step) : path_(path) {
   if (std::filesystem::exists(path)) {
     const std::string text = read_text_file(path);
     const std::string kept = lines_up_to(path, text, resumed_step);
@@ -197,12 +195,36 @@ MetricsFile::MetricsFile(const std::string& path, int64_t resumed_step) : path_(
   }
 }
 
-void MetricsFile::write(const StepRecord& record) {
-  file_ << to_json(record).dump() + "\n" << std::flush;
+void StepFile::append(int64_t step, const std::string& json) {
+  file_ << json + "\n" << std::flush;
   if (!file_) {
-    throw std::runtime_error(path_ + ": writing the line of step " + std::to_string(record.step) +
+    throw std::runtime_error(path_ + ": writing the line of step " + std::to_string(step) +
                              " failed; is the disk full?");
   }
+}
+
+std::string to_json(const StepRecord& record) {
+  nlohmann::ordered_json line = {{"step", record.step}};
+  const auto add = [&](const char* name, const auto& value) {
+    if (value) {
+      line[name] = *value;
+    }
+  };
+  add("total_steps", record.total_steps);
+  line["tokens"] = record.tokens;
+  line["loss"] = record.loss;
+  line["smoothed_loss"] = record.smoothed_loss;
+  line["lr"] = record.lr;
+  line["grad_norm"] = record.grad_norm;
+  add("tokens_per_s", record.tokens_per_s);
+  add("data_wait", record.data_wait);
+  add("mfu", record.mfu);
+  add("memory_bytes", record.memory_bytes);
+  add("seconds_left", record.seconds_left);
+  add("validation_loss", record.validation_loss);
+  line["elapsed_s"] = record.elapsed_s;
+  line["time"] = record.time;
+  return line.dump();
 }
 
 }  // namespace rwkv

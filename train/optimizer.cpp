@@ -41,7 +41,10 @@ Optimizer::Optimizer(RwkvModel model, const OptimizerConfig& config, at::ScalarT
   const at::NoGradGuard no_grad;
   std::vector<ParameterTraits> traits;
   for (const auto& item : model->named_parameters()) {
-    slots_.push_back({.name = item.key(), .parameter = item.value(), .offset = 0});
+    slots_.push_back({.name = item.key(),
+                      .parameter = item.value(),
+                      .offset = 0,
+                      .trained = item.value().requires_grad()});
     traits.push_back(model->traits(item.key(), item.value().sizes()));
     if (!config.layerwise_lr) {
       traits.back().lr_scale = 1;
@@ -53,20 +56,28 @@ Optimizer::Optimizer(RwkvModel model, const OptimizerConfig& config, at::ScalarT
     return std::pair(traits[x].lr_scale, traits[x].weight_decay) <
            std::pair(traits[y].lr_scale, traits[y].weight_decay);
   });
+  // Frozen parameters come last: the buffers of moments and gradient end before them.
+  std::stable_partition(order.begin(), order.end(), [&](size_t i) { return slots_[i].trained; });
   int64_t size = 0;
+  int64_t trained_size = 0;
   for (const size_t i : order) {
-    if (groups_.empty() || groups_.back().lr_scale != traits[i].lr_scale ||
-        groups_.back().weight_decay != traits[i].weight_decay) {
-      groups_.push_back({traits[i].lr_scale, traits[i].weight_decay, size, size});
-    }
     slots_[i].offset = size;
     size += (slots_[i].parameter.numel() + kAlignment - 1) / kAlignment * kAlignment;
+    if (!slots_[i].trained) {
+      continue;
+    }
+    trained_size = size;
+    if (groups_.empty() || groups_.back().lr_scale != traits[i].lr_scale ||
+        groups_.back().weight_decay != traits[i].weight_decay) {
+      groups_.push_back(
+          {traits[i].lr_scale, traits[i].weight_decay, slots_[i].offset, slots_[i].offset});
+    }
     groups_.back().end = size;
   }
   master_ = at::zeros({size}, at::kFloat);
-  m_ = at::zeros_like(master_);
-  v_ = at::zeros_like(master_);
-  gradient_ = at::zeros_like(master_);
+  m_ = at::zeros({trained_size}, at::kFloat);
+  v_ = at::zeros_like(m_);
+  gradient_ = at::zeros_like(m_);
 
   for (const Slot& slot : slots_) {
     view_of(master_, slot).copy_(slot.parameter);
@@ -115,7 +126,7 @@ double Optimizer::gradient_norm() const {
 
 std::string Optimizer::first_nonfinite_gradient() const {
   for (const Slot& slot : slots_) {
-    if (!view_of(gradient_, slot).isfinite().all().item<bool>()) {
+    if (slot.trained && !view_of(gradient_, slot).isfinite().all().item<bool>()) {
       return slot.name;
     }
   }
@@ -160,8 +171,10 @@ NamedTensors Optimizer::master_weights() const {
 NamedTensors Optimizer::moments() const {
   NamedTensors result;
   for (const Slot& slot : slots_) {
-    result.emplace_back("m." + slot.name, view_of(m_, slot));
-    result.emplace_back("v." + slot.name, view_of(v_, slot));
+    if (slot.trained) {
+      result.emplace_back("m." + slot.name, view_of(m_, slot));
+      result.emplace_back("v." + slot.name, view_of(v_, slot));
+    }
   }
   return result;
 }
@@ -170,8 +183,10 @@ void Optimizer::load(const WeightFile& weights, const WeightFile& moments, int64
   const at::NoGradGuard no_grad;
   for (const Slot& slot : slots_) {
     fill_from(weights, slot.name, view_of(master_, slot));
-    fill_from(moments, "m." + slot.name, view_of(m_, slot));
-    fill_from(moments, "v." + slot.name, view_of(v_, slot));
+    if (slot.trained) {
+      fill_from(moments, "m." + slot.name, view_of(m_, slot));
+      fill_from(moments, "v." + slot.name, view_of(v_, slot));
+    }
   }
   steps_ = steps;
   write_weights();

@@ -4,6 +4,8 @@
 // sorted by what the update does to them (learning-rate factor, weight decay), each starting at a
 // multiple of 16 elements, so that a group is a range and the update is one pass. An fp32 parameter
 // of the model is a view of the master buffer; a bf16 one is written from it after each update.
+// Parameters that do not require a gradient are frozen: they have master weights, behind all
+// others, but neither moments nor gradient.
 #pragma once
 
 #include <cstdint>
@@ -41,7 +43,7 @@ class Optimizer {
 
   // Master weights under the parameters' names, fp32, in the model's order: views.
   NamedTensors master_weights() const;
-  // Both moments as "m.<name>" and "v.<name>": views.
+  // Both moments as "m.<name>" and "v.<name>", of the parameters that are trained: views.
   NamedTensors moments() const;
   // Continues from saved state: fills masters and moments by name and sets the step count. Throws
   // std::runtime_error naming the file and a tensor that is missing or of another shape.
@@ -53,6 +55,7 @@ class Optimizer {
     std::string name;
     at::Tensor parameter;
     int64_t offset;  // in elements
+    bool trained;
   };
   // A stretch of the buffers that is updated alike.
   struct Group {

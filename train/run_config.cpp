@@ -24,12 +24,16 @@ ConfigSection model_section(ModelConfig& m) {
       "model",
       {
           {"version", &m.version, "version of the architecture, such as \"rwkv4\""},
-          {"n_layer", &m.n_layer, "blocks; 1 or more"},
-          {"n_embd", &m.n_embd, "width of the residual stream; 1 or more"},
+          {"n_layer", AbsentIfZero{&m.n_layer}, "blocks; absent: init.from's, or 6"},
+          {"n_embd",
+           AbsentIfZero{&m.n_embd},
+           "width of the residual stream; absent: as n_layer, or 384"},
           {"dim_att", AbsentIfZero{&m.dim_att}, "width of time mixing; absent: n_embd"},
           {"dim_ffn", AbsentIfZero{&m.dim_ffn}, "width of channel mixing; absent: the version's"},
           {"head_size", AbsentIfZero{&m.head_size}, "channels a head; absent: the version's"},
-          {"vocab_size", AbsentIfZero{&m.vocab_size}, "tokens; absent: the corpus' tokenizer's"},
+          {"vocab_size",
+           AbsentIfZero{&m.vocab_size},
+           "tokens; absent: init.from's, or the corpus' tokenizer's"},
           {"ctx_len", &m.ctx_len, "tokens of a training sequence; 1 or more"},
       }};
 }
@@ -49,53 +53,83 @@ ConfigSection data_section(DataConfig& d) {
           }};
 }
 
-ConfigSection train_section(TrainConfig& t) {
-  return {"train",
+ConfigSection init_section(InitConfig& i) {
+  return {"init",
           {
-              {"run_dir", &t.run_dir, "folder of checkpoints and metrics; required", kMayDiffer},
-              {"device", &t.device, "cpu", kMayDiffer},
-              {"dtype",
-               by_name<TrainDtype>(&t.dtype,
-                                   {{"fp32", TrainDtype::kFp32}, {"bf16", TrainDtype::kBf16}}),
-               "of forward and backward: fp32 or bf16; master weights are fp32"},
-              {"seed", &t.seed, "of initial weights and order; 0 or more"},
-              {"batch_size", &t.batch_size, "sequences a step; or", kMustMatch, kBatchChoice},
-              {"batch_tokens",
-               &t.batch_tokens,
-               "tokens a step, a multiple of ctx_len",
-               kMustMatch,
-               kBatchChoice},
-              {"micro_batch_size",
-               &t.micro_batch_size,
-               "sequences in memory at once, a divisor of the batch; absent: all",
-               kMayDiffer},
-              {"total_tokens", &t.total_tokens, "length of the run; or", kMustMatch, kLengthChoice},
-              {"total_steps", &t.total_steps, "length of the run; or", kMustMatch, kLengthChoice},
-              {"total_epochs",
-               &t.total_epochs,
-               "length of the run in passes over the corpus, above 0",
-               kMustMatch,
-               kLengthChoice},
-              {"validate_every_steps",
-               &t.validate_every_steps,
-               "1 or more; absent: only at the end",
-               kMayDiffer},
-              {"validation_tokens",
-               &t.validation_tokens,
-               "tokens of a validation, ctx_len or more; absent: all",
-               kMayDiffer},
-              {"save_every_steps",
-               &t.save_every_steps,
-               "1 or more; absent: only at the end",
-               kMayDiffer},
-              {"keep_checkpoints", &t.keep_checkpoints, "newest ones kept; 1 or more", kMayDiffer},
-              {"log_every_steps", &t.log_every_steps, "1 or more", kMayDiffer},
-              {"threads",
-               &t.threads,
-               "1 or more; absent: all cores; equal bits need an equal number",
-               kMayDiffer},
-              {"l2wrap", &t.l2wrap, "penalty that keeps logits near 0; 0 or more, 0 is off"},
+              {"from", &i.from, "weights to begin with: .pth, .safetensors, a checkpoint, a run"},
+              {"allow_missing", &i.allow_missing, "patterns of tensors that the file may lack"},
+              {"allow_unexpected", &i.allow_unexpected, "patterns of its tensors to leave out"},
+              {"vocab_growth",
+               by_name<VocabGrowth>(&i.vocab_growth,
+                                    {{"refuse", VocabGrowth::kRefuse},
+                                     {"mean", VocabGrowth::kMean},
+                                     {"zero", VocabGrowth::kZero}}),
+               "new rows of emb and head: the mean of the old, or zero; refuse: an error"},
           }};
+}
+
+ConfigSection train_section(TrainConfig& t) {
+  return {
+      "train",
+      {
+          {"run_dir", &t.run_dir, "folder of checkpoints and metrics; required", kMayDiffer},
+          {"device", &t.device, "cpu", kMayDiffer},
+          {"dtype",
+           by_name<TrainDtype>(&t.dtype,
+                               {{"fp32", TrainDtype::kFp32}, {"bf16", TrainDtype::kBf16}}),
+           "of forward and backward: fp32 or bf16; master weights are fp32"},
+          {"seed", &t.seed, "of initial weights and order; 0 or more"},
+          {"batch_size", &t.batch_size, "sequences a step; or", kMustMatch, kBatchChoice},
+          {"batch_tokens",
+           &t.batch_tokens,
+           "tokens a step, a multiple of ctx_len",
+           kMustMatch,
+           kBatchChoice},
+          {"micro_batch_size",
+           &t.micro_batch_size,
+           "sequences in memory at once, a divisor of the batch; absent: all",
+           kMayDiffer},
+          {"total_tokens",
+           &t.total_tokens,
+           "length of the run; the first end reached counts",
+           kMustMatch,
+           kLengthChoice},
+          {"total_steps", &t.total_steps, "length of the run", kMustMatch, kLengthChoice},
+          {"total_epochs",
+           &t.total_epochs,
+           "length of the run in passes over the corpus, above 0",
+           kMustMatch,
+           kLengthChoice},
+          {"total_minutes",
+           &t.total_minutes,
+           "of training, above 0; the learning rate does not know of it",
+           kMayDiffer},
+          {"validate_every_steps",
+           &t.validate_every_steps,
+           "1 or more; absent: only at the end",
+           kMayDiffer},
+          {"validation_tokens",
+           &t.validation_tokens,
+           "tokens of a validation, ctx_len or more; absent: all",
+           kMayDiffer},
+          {"save_every_steps",
+           &t.save_every_steps,
+           "1 or more; absent: only at the end",
+           kMayDiffer},
+          {"save_every_minutes", &t.save_every_minutes, "above 0; also, or instead", kMayDiffer},
+          {"keep_checkpoints", &t.keep_checkpoints, "newest ones kept; 1 or more", kMayDiffer},
+          {"keep_every_steps",
+           &t.keep_every_steps,
+           "checkpoints of these steps are kept for good; absent: none",
+           kMayDiffer},
+          {"log_every_steps", &t.log_every_steps, "1 or more", kMayDiffer},
+          {"tensorboard", &t.tensorboard, "write event files for TensorBoard", kMayDiffer},
+          {"threads",
+           &t.threads,
+           "1 or more; absent: all cores; equal bits need an equal number",
+           kMayDiffer},
+          {"l2wrap", &t.l2wrap, "penalty that keeps logits near 0; 0 or more, 0 is off"},
+      }};
 }
 
 ConfigSection optimizer_section(OptimizerConfig& o) {
@@ -107,6 +141,7 @@ ConfigSection optimizer_section(OptimizerConfig& o) {
               {"weight_decay", &o.weight_decay, "on matrices; 0 or more"},
               {"clip_norm", &o.clip_norm, "greatest norm of the gradient; 0 or more, 0 is off"},
               {"layerwise_lr", &o.layerwise_lr, "RWKV's multiples of the rate by parameter class"},
+              {"freeze", &o.freeze, "patterns of tensors not to train, such as [\"blocks.0.*\"]"},
           }};
 }
 
@@ -129,13 +164,27 @@ ConfigSection schedule_section(LrSchedule& s) {
           }};
 }
 
+ConfigSection sample_section(SampleConfig& s) {
+  return {
+      "sample",
+      {
+          {"every_steps", &s.every_steps, "a text every so many steps; absent: none", kMayDiffer},
+          {"prompt", &s.prompt, "what it continues; empty: starts a document", kMayDiffer},
+          {"length", &s.length, "its tokens; 1 or more", kMayDiffer},
+          {"temperature", &s.temperature, "0 or more; 0: the most likely tokens", kMayDiffer},
+          {"top_p", &s.top_p, "above 0, at most 1: the likeliest tokens", kMayDiffer},
+      }};
+}
+
 // The table of all keys, over the fields of `config`.
 std::vector<ConfigSection> sections_of(RunConfig& config) {
   return {model_section(config.model),
           data_section(config.data),
+          init_section(config.init),
           train_section(config.train),
           optimizer_section(config.optimizer),
-          schedule_section(config.schedule)};
+          schedule_section(config.schedule),
+          sample_section(config.sample)};
 }
 
 void require_given(std::string_view key, const std::string& value, const char* example) {
@@ -144,8 +193,10 @@ void require_given(std::string_view key, const std::string& value, const char* e
   }
 }
 
-// Checks that one of several ways to say the same is given; `ways` are keys and whether each is.
-void require_one(const std::vector<std::pair<std::string, bool>>& ways) {
+// Checks that one of several ways to say the same is given: exactly one, or at least one. `ways`
+// are keys and whether each is.
+enum class Ways { kExclusive, kTogether };
+void require_one(Ways mode, const std::vector<std::pair<std::string, bool>>& ways) {
   std::string keys;
   std::string first_given;
   int64_t num_given = 0;
@@ -157,15 +208,23 @@ void require_one(const std::vector<std::pair<std::string, bool>>& ways) {
   if (num_given == 0) {
     throw std::invalid_argument(ways.front().first + " is not given; give one of " + keys);
   }
-  if (num_given > 1) {
+  if (num_given > 1 && mode == Ways::kExclusive) {
     throw std::invalid_argument(first_given + " is not given alone; give only one of " + keys);
   }
 }
 
-void validate_data(const DataConfig& data) {
+// Times beyond that nobody means, and they would not fit the arithmetic.
+void require_minutes(const char* key, const std::optional<double>& minutes) {
+  if (minutes) {
+    require_in_range(1e-6, 1e8, key, *minutes);
+  }
+}
+
+void validate_names(const DataConfig& data, const InitConfig& init) {
   require_given("data.train", data.train, "the prefix of a .bin and .idx pair");
   for (const auto& [key, value] : {std::pair("data.validation", data.validation),
-                                   std::pair("data.tokenizer", data.tokenizer)}) {
+                                   std::pair("data.tokenizer", data.tokenizer),
+                                   std::pair("init.from", init.from)}) {
     if (value && value->empty()) {
       reject_value(key, "\"\"", "is empty; name it, or leave the key out");
     }
@@ -180,14 +239,17 @@ void validate_train(const TrainConfig& t) {
                  "this program trains on \"cpu\" only; use that, or leave the key out");
   }
   require_at_least(0, "train.seed", t.seed);
-  require_one({{"train.batch_size", t.batch_size.has_value()},
+  require_one(Ways::kExclusive,
+              {{"train.batch_size", t.batch_size.has_value()},
                {"train.batch_tokens", t.batch_tokens.has_value()}});
   require_at_least(1, "train.batch_size", t.batch_size);
   require_at_least(1, "train.batch_tokens", t.batch_tokens);
   require_at_least(1, "train.micro_batch_size", t.micro_batch_size);
-  require_one({{"train.total_tokens", t.total_tokens.has_value()},
+  require_one(Ways::kTogether,
+              {{"train.total_tokens", t.total_tokens.has_value()},
                {"train.total_steps", t.total_steps.has_value()},
-               {"train.total_epochs", t.total_epochs.has_value()}});
+               {"train.total_epochs", t.total_epochs.has_value()},
+               {"train.total_minutes", t.total_minutes.has_value()}});
   require_at_least(1, "train.total_tokens", t.total_tokens);
   require_at_least(1, "train.total_steps", t.total_steps);
   if (t.total_epochs) {
@@ -197,7 +259,10 @@ void validate_train(const TrainConfig& t) {
   require_at_least(1, "train.validate_every_steps", t.validate_every_steps);
   require_at_least(1, "train.validation_tokens", t.validation_tokens);
   require_at_least(1, "train.save_every_steps", t.save_every_steps);
+  require_minutes("train.total_minutes", t.total_minutes);
+  require_minutes("train.save_every_minutes", t.save_every_minutes);
   require_at_least(1, "train.keep_checkpoints", t.keep_checkpoints);
+  require_at_least(1, "train.keep_every_steps", t.keep_every_steps);
   require_at_least(1, "train.log_every_steps", t.log_every_steps);
   require_at_least(1, "train.threads", t.threads);
   require_in_range(0, std::numeric_limits<double>::infinity(), "train.l2wrap", t.l2wrap);
@@ -217,6 +282,15 @@ void validate_optimizer(const OptimizerConfig& o) {
   }
   require_in_range(0, kInfinity, "optimizer.weight_decay", o.weight_decay);
   require_in_range(0, kInfinity, "optimizer.clip_norm", o.clip_norm);
+}
+
+void validate_sample(const SampleConfig& s) {
+  require_at_least(1, "sample.every_steps", s.every_steps);
+  require_at_least(1, "sample.length", s.length);
+  require_in_range(0, std::numeric_limits<double>::max(), "sample.temperature", s.temperature);
+  if (!(s.top_p > 0 && s.top_p <= 1)) {
+    reject_value("sample.top_p", to_config_text(s.top_p), "must be above 0 and at most 1");
+  }
 }
 
 // Two sections at a time: what each accepts alone, but not together.
@@ -269,6 +343,18 @@ void validate_together(const RunConfig& config) {
                  to_config_text(*t.validation_tokens),
                  "is less than one sequence of " + ctx_len_text + "; use that or more");
   }
+  if (config.sample.every_steps && !config.data.tokenizer) {
+    reject_value("sample.every_steps",
+                 to_config_text(*config.sample.every_steps),
+                 "there is no data.tokenizer to read the text with; give it, or leave the key out");
+  }
+  const bool ends_in_steps = t.total_steps || t.total_tokens || t.total_epochs;
+  if (!ends_in_steps && config.schedule.kind != ScheduleKind::kConstant) {
+    reject_value("train.total_minutes",
+                 to_config_text(*t.total_minutes),
+                 "is the only end of the run, and the learning rate must know where it ends; give "
+                 "train.total_steps or total_tokens too, or schedule.kind = \"constant\"");
+  }
   if (!t.total_epochs) {
     config.schedule.validate_for(config.total_tokens(0));
   }
@@ -279,11 +365,53 @@ int64_t ceil_div(int64_t n, int64_t d) {
   return (n - 1) / d + 1;
 }
 
+// An end of a run in steps, and the key that asks for it.
+struct RunEndKey {
+  int64_t steps;
+  std::string key;
+};
+
+std::vector<RunEndKey> ends_of(const RunConfig& config, int64_t samples_per_epoch) {
+  const TrainConfig& t = config.train;
+  std::vector<RunEndKey> ends;
+  if (t.total_steps) {
+    ends.push_back({*t.total_steps, "train.total_steps = " + to_config_text(*t.total_steps)});
+  }
+  if (t.total_tokens) {
+    ends.push_back({ceil_div(*t.total_tokens, config.tokens_per_step()),
+                    "train.total_tokens = " + to_config_text(*t.total_tokens)});
+  }
+  if (t.total_epochs) {
+    // Whole samples first: 1.1 * 10 is a hair above 11, which must not become a step of its own.
+    const int64_t samples = std::llround(*t.total_epochs * static_cast<double>(samples_per_epoch));
+    ends.push_back({ceil_div(std::max(samples, int64_t{1}), config.batch_sequences()),
+                    "train.total_epochs = " + to_config_text(*t.total_epochs)});
+  }
+  return ends;
+}
+
+const RunEndKey& first_of(const std::vector<RunEndKey>& ends) {
+  return *std::min_element(
+      ends.begin(), ends.end(), [](const auto& a, const auto& b) { return a.steps < b.steps; });
+}
+
+// What a file leaves out where no weights say it.
+void fill_absent(ModelConfig& model) {
+  const ModelConfig defaults;
+  model.version = model.version.empty() ? defaults.version : model.version;
+  model.n_layer = model.n_layer == 0 ? defaults.n_layer : model.n_layer;
+  model.n_embd = model.n_embd == 0 ? defaults.n_embd : model.n_embd;
+}
+
 template <typename Read>
 RunConfig read_and_validate(const Read& read) {
   RunConfig config;
+  config.model = {.version = "", .n_layer = 0, .n_embd = 0};
   ConfigReader reader(sections_of(config));
   read(reader);
+  if (!config.init.from) {
+    fill_absent(config.model);
+  }
   try {
     config.validate();
   } catch (const std::invalid_argument& error) {
@@ -306,15 +434,18 @@ bool same_past(const RunConfig& now, const RunConfig& saved, const ResumePoint& 
 }  // namespace
 
 void RunConfig::validate() const {
-  ModelConfig resolved = model;
-  if (resolved.vocab_size == 0) {
-    resolved.vocab_size = 1;
+  // What the corpus or init.from will say is checked when they have.
+  ModelConfig given = model;
+  given.vocab_size = model.vocab_size == 0 ? 1 : model.vocab_size;
+  if (init.from) {
+    fill_absent(given);
   }
-  resolved.validate();
-  validate_data(data);
+  given.validate();
+  validate_names(data, init);
   validate_train(train);
   validate_optimizer(optimizer);
   schedule.validate();
+  validate_sample(sample);
   validate_together(*this);
 }
 
@@ -330,21 +461,19 @@ int64_t RunConfig::tokens_per_step() const {
   return batch_sequences() * model.ctx_len;
 }
 
-int64_t RunConfig::total_steps(int64_t samples_per_epoch) const {
-  if (train.total_steps) {
-    return *train.total_steps;
-  }
-  if (train.total_tokens) {
-    return ceil_div(*train.total_tokens, tokens_per_step());
-  }
-  // Whole samples first: 1.1 * 10 is a hair above 11, which must not become a step of its own.
-  const int64_t samples =
-      std::llround(*train.total_epochs * static_cast<double>(samples_per_epoch));
-  return ceil_div(std::max(samples, int64_t{1}), batch_sequences());
+std::optional<int64_t> RunConfig::total_steps(int64_t samples_per_epoch) const {
+  const auto ends = ends_of(*this, samples_per_epoch);
+  return ends.empty() ? std::nullopt : std::optional(first_of(ends).steps);
+}
+
+std::string RunConfig::total_steps_key(int64_t samples_per_epoch) const {
+  const auto ends = ends_of(*this, samples_per_epoch);
+  return ends.empty() ? "" : first_of(ends).key;
 }
 
 int64_t RunConfig::total_tokens(int64_t samples_per_epoch) const {
-  return total_steps(samples_per_epoch) * tokens_per_step();
+  const auto steps = total_steps(samples_per_epoch);
+  return steps ? *steps * tokens_per_step() : std::numeric_limits<int64_t>::max();
 }
 
 RunConfig load_run_config(const std::optional<std::string>& path,

@@ -8,6 +8,7 @@
 #include <span>
 #include <string>
 #include <string_view>
+#include <vector>
 
 #include "data/sample_order.h"
 #include "model/model_config.h"
@@ -25,6 +26,22 @@ struct DataConfig {
   bool operator==(const DataConfig&) const = default;
 };
 
+// What happens to the rows of the embedding and the head that a larger vocabulary adds.
+enum class VocabGrowth { kRefuse, kMean, kZero };
+
+// Where the weights of a new run come from.
+struct InitConfig {
+  // A .pth or .safetensors file, a checkpoint or a run, of which the model's version and sizes are
+  // taken; those that [model] gives must be the same. Absent: the version's initial values.
+  std::optional<std::string> from = {};
+  // Patterns (as of file names: *, ?, [a-z]) of tensors: those that may be missing in the file and
+  // keep their initial values, and those of the file that are left out. Others are errors.
+  std::vector<std::string> allow_missing = {};
+  std::vector<std::string> allow_unexpected = {};
+  VocabGrowth vocab_growth = VocabGrowth::kRefuse;
+  bool operator==(const InitConfig&) const = default;
+};
+
 // Of the forward and backward pass; master weights and optimizer moments are fp32 in both.
 enum class TrainDtype { kFp32, kBf16 };
 
@@ -38,17 +55,23 @@ struct TrainConfig {
   std::optional<int64_t> batch_tokens = {};
   // Sequences in memory at once; divides the batch. Absent: the whole batch.
   std::optional<int64_t> micro_batch_size = {};
-  // The length of the run: exactly one is given. Rounded up to whole steps.
+  // The length of the run: at least one is given, and the first to be reached ends it. Tokens and
+  // epochs are rounded up to whole steps; minutes are of training, those before a restart included,
+  // and the learning rate does not know of them.
   std::optional<int64_t> total_tokens = {};
   std::optional<int64_t> total_steps = {};
   std::optional<double> total_epochs = {};
+  std::optional<double> total_minutes = {};
   std::optional<int64_t> validate_every_steps = {};  // absent: only at the end
   std::optional<int64_t> validation_tokens = {};     // absent: the whole validation corpus
-  std::optional<int64_t> save_every_steps = {};      // absent: only at the end
-  int64_t keep_checkpoints = 2;                      // newest ones kept; 1 or more
-  int64_t log_every_steps = 10;                      // 1 or more
-  std::optional<int64_t> threads = {};               // absent: all cores
-  double l2wrap = 1e-4;                              // logit penalty, 0 or more; 0 is off
+  std::optional<int64_t> save_every_steps = {};      // both absent: only at the end
+  std::optional<double> save_every_minutes = {};
+  int64_t keep_checkpoints = 2;                  // newest ones kept; 1 or more
+  std::optional<int64_t> keep_every_steps = {};  // and for good those of a multiple of this step
+  int64_t log_every_steps = 10;                  // 1 or more
+  bool tensorboard = true;                       // write event files
+  std::optional<int64_t> threads = {};           // absent: all cores
+  double l2wrap = 1e-4;                          // logit penalty, 0 or more; 0 is off
   bool operator==(const TrainConfig&) const = default;
 };
 
@@ -60,16 +83,31 @@ struct OptimizerConfig {
   double weight_decay = 0;   // 0 or more; on tensors with two or more dimensions above 1
   double clip_norm = 1.0;    // greatest global norm of the gradient, 0 or more; 0 is off
   bool layerwise_lr = true;  // RWKV's multiples of the rate for some classes of parameters
+  // Patterns (as of file names) of tensors that are not trained, such as "blocks.0.*".
+  std::vector<std::string> freeze = {};
   bool operator==(const OptimizerConfig&) const = default;
+};
+
+// Texts that the model writes during the run, with data.tokenizer, into samples.jsonl.
+struct SampleConfig {
+  std::optional<int64_t> every_steps = {};  // absent: none
+  std::string prompt = "";                  // to continue; empty starts a document
+  int64_t length = 100;                     // tokens, 1 or more
+  double temperature = 1.0;                 // 0 or more
+  double top_p = 0.9;                       // above 0, at most 1
+  bool operator==(const SampleConfig&) const = default;
 };
 
 struct RunConfig {
   // Here model.vocab_size, too, may be 0: the trainer takes it from the corpus' tokenizer record.
+  // So may version be empty, n_layer and n_embd be 0, if init.from is given: its file says them.
   ModelConfig model;
   DataConfig data;
+  InitConfig init;
   TrainConfig train;
   OptimizerConfig optimizer;
   LrSchedule schedule;
+  SampleConfig sample;
 
   // Throws std::invalid_argument starting with the key for a value out of range, a required one not
   // given, or values of two sections that do not go together. The lengths of warm-up and decay are
@@ -80,9 +118,13 @@ struct RunConfig {
   int64_t batch_sequences() const;        // sequences a step
   int64_t micro_batch_sequences() const;  // of them at once; divides batch_sequences()
   int64_t tokens_per_step() const;
-  // `samples_per_epoch` is SampleOrder's; only total_epochs needs it.
-  int64_t total_steps(int64_t samples_per_epoch) const;
-  // Tokens of those steps, so that the schedule ends with the last of them.
+  // The least of total_steps, total_tokens and total_epochs that are given, in steps; nothing if
+  // only minutes end the run. `samples_per_epoch` is SampleOrder's; only total_epochs needs it.
+  std::optional<int64_t> total_steps(int64_t samples_per_epoch) const;
+  // The key that says it, with its value: "train.total_tokens = 3000000"; empty without one.
+  std::string total_steps_key(int64_t samples_per_epoch) const;
+  // Tokens of those steps, so that the schedule ends with the last of them. Without an end in steps
+  // the greatest number: the schedule is constant then.
   int64_t total_tokens(int64_t samples_per_epoch) const;
 
   bool operator==(const RunConfig&) const = default;
@@ -112,7 +154,8 @@ struct ResumePoint {
 // with the run that `saved` began; both with the trainer's resolved values (vocab_size, dim_ffn).
 // What decides over the weights must be equal. What only decides over speed, logging, validation
 // and saving may differ: run_dir, device, threads and micro_batch_size (whose change can change the
-// last bits), the *_every_steps and keep_checkpoints, data.validation and data.tokenizer. So may
+// last bits), total_minutes, what is logged, saved, kept and sampled how often, data.validation and
+// data.tokenizer. So may
 // the length of the run, as long as the learning rate up to the resume point stays what it was:
 // with a constant rate, with warmup_stable_decay before its decay, with any kind during warm-up.
 void check_matches_checkpoint(const RunConfig& now,

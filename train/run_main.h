@@ -15,10 +15,12 @@ struct OutOfMemory : std::runtime_error {
   using std::runtime_error::runtime_error;
 };
 
-// 0 done, 1 the run failed (a file, the machine), 2 usage or configuration, 70 a bug of ours.
+// 0 done, 1 the run failed (a file, the machine), 2 usage or configuration, 70 a bug of ours, 128 +
+// the signal that a run was stopped by, after saving.
 inline constexpr int kExitFailed = 1;
 inline constexpr int kExitUsage = 2;
 inline constexpr int kExitBug = 70;
+inline constexpr int kExitSignal = 128;
 
 // Sends the log to stderr, then runs `command` and returns its exit code; an exception becomes one
 // line on stderr and the code of its kind.

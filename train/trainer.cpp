@@ -1,67 +1,45 @@
 #include "train/trainer.h"
 
+#include <algorithm>
 #include <chrono>
 #include <cmath>
+#include <csignal>
 #include <filesystem>
 #include <stdexcept>
-#include <system_error>
 
 #include <ATen/ATen.h>
 #include <ATen/Parallel.h>
+#include <torch/csrc/api/include/torch/version.h>
 
+#include <nlohmann/json.hpp>
+#include <spdlog/fmt/fmt.h>
 #include <spdlog/spdlog.h>
 
 #include "data/atomic_file.h"
 #include "data/tokenizer_registry.h"
 #include "model/loss.h"
-#include "model/version_registry.h"
+#include "train/config_value.h"
 #include "train/evaluate.h"
+#include "train/generate_text.h"
+#include "train/machine.h"
+#include "train/machine_rates.h"
+#include "train/op_checks.h"
+#include "train/run_setup.h"
+#include "train/stop_signal.h"
+#include "train/version.h"
 
 namespace rwkv {
 namespace {
 
+// For durations: the wall clock may jump.
 double now_seconds() {
   using namespace std::chrono;
   return duration<double>(steady_clock::now().time_since_epoch()).count();
 }
 
-// Refuses a corpus made by a tokenizer other than the one the run names.
-void check_tokenizer(const BinidxFile& corpus,
-                     const std::string& spec,
-                     const std::string& identity) {
-  const auto& record = corpus.tokenizer_record();
-  if (record && record->identity != identity) {
-    throw std::invalid_argument("data.tokenizer = \"" + spec + "\" is " + identity + ", but " +
-                                corpus.prefix() + ".bin was made with " + record->identity +
-                                "; tokenize the text again or name the tokenizer it was made with");
-  }
-}
-
-void check_same_tokenizer(const BinidxFile& train, const BinidxFile& validation) {
-  const auto& x = train.tokenizer_record();
-  const auto& y = validation.tokenizer_record();
-  if (x && y && x->identity != y->identity) {
-    throw std::invalid_argument("data.validation = \"" + validation.prefix() + "\" was made with " +
-                                y->identity + ", but data.train = \"" + train.prefix() +
-                                "\" with " + x->identity + "; tokenize both with one tokenizer");
-  }
-}
-
-void resolve_vocab_size(ModelConfig& model, const BinidxFile& corpus) {
-  const auto& record = corpus.tokenizer_record();
-  if (model.vocab_size == 0 && !record) {
-    throw std::invalid_argument("model.vocab_size is not given, and " + corpus.prefix() +
-                                ".tokenizer.json, which would say it, is not there; give the "
-                                "vocabulary size of the tokenizer that made the corpus");
-  }
-  if (model.vocab_size == 0) {
-    model.vocab_size = record->vocab_size;
-  }
-  if (record && model.vocab_size < record->vocab_size) {
-    throw std::invalid_argument("model.vocab_size = " + std::to_string(model.vocab_size) + ": " +
-                                corpus.prefix() + ".bin was made by a tokenizer of " +
-                                std::to_string(record->vocab_size) + " ids; use that or more");
-  }
+double wall_clock_seconds() {
+  using namespace std::chrono;
+  return duration<double>(system_clock::now().time_since_epoch()).count();
 }
 
 SampleOrder make_order(const RunConfig& config, const BinidxFile& corpus) {
@@ -83,25 +61,31 @@ at::Tensor as_tensor(std::vector<int64_t>& ids, const Batch& batch) {
   return at::from_blob(ids.data(), {batch.rows, batch.ctx_len}, at::kLong);
 }
 
-}  // namespace
-
-RunConfig resolve_run_config(RunConfig config) {
-  config.validate();
-  const BinidxFile corpus(config.data.train);
-  resolve_vocab_size(config.model, corpus);
-  if (config.data.tokenizer) {
-    const std::string identity = open_tokenizer(*config.data.tokenizer)->identity();
-    check_tokenizer(corpus, *config.data.tokenizer, identity);
+// Forward and backward of the matrix products, 2 + 4 a weight and token; the embedding is none.
+double matrix_flops_per_token(RwkvModel model) {
+  double weights = 0;
+  for (const auto& item : model->named_parameters()) {
+    const bool is_matrix = item.value().squeeze().dim() == 2 && item.key() != "emb.weight";
+    weights += is_matrix ? static_cast<double>(item.value().numel()) : 0;
   }
-  if (config.data.validation) {
-    check_same_tokenizer(corpus, BinidxFile(*config.data.validation));
-  }
-  find_version(config.model.version).resolve(config.model);
-  config.model.validate();
-  return config;
+  return 6 * weights;
 }
 
-Trainer::Trainer(const RunConfig& config)
+void write_file(const std::string& run_dir, const char* name, const std::string& text) {
+  AtomicFile file((std::filesystem::path(run_dir) / name).string());
+  file.write(text);
+  file.commit();
+}
+
+}  // namespace
+
+Trainer::Trainer(const RunConfig& config) : Trainer(config, Purpose::kTrain, std::nullopt) {}
+
+Trainer Trainer::before_step(const RunConfig& config, int64_t step) {
+  return Trainer(config, Purpose::kReplay, step);
+}
+
+Trainer::Trainer(const RunConfig& config, Purpose purpose, std::optional<int64_t> before_step)
     : config_(resolve_run_config(config)),
       train_corpus_(config_.data.train),
       order_(make_order(config_, train_corpus_)),
@@ -111,15 +95,20 @@ Trainer::Trainer(const RunConfig& config)
   if (config_.data.validation) {
     validation_corpus_.emplace(*config_.data.validation);
   }
+  if (config_.sample.every_steps) {
+    tokenizer_ = open_tokenizer(*config_.data.tokenizer);
+  }
   if (config_.train.threads) {
     at::set_num_threads(static_cast<int>(*config_.train.threads));
   }
-  start();
+  if (purpose == Purpose::kTrain) {
+    lock_.emplace(config_.train.run_dir);
+  }
+  start(before_step);
 }
 
-void Trainer::start() {
-  const std::string& run_dir = config_.train.run_dir;
-  const auto checkpoint = newest_checkpoint(run_dir);
+void Trainer::start(std::optional<int64_t> before_step) {
+  const auto checkpoint = newest_checkpoint(config_.train.run_dir, before_step);
   if (checkpoint) {
     const SavedRun saved = read_saved_run(*checkpoint);
     check_matches_checkpoint(config_,
@@ -128,24 +117,17 @@ void Trainer::start() {
                               .tokens_seen = saved.state.tokens,
                               .samples_per_epoch = order_.samples_per_epoch()});
     state_ = saved.state;
+    saved_step_ = state_.step;
   } else {
-    model_->initialise(static_cast<uint64_t>(config_.train.seed), config_.schedule.lr_init);
+    set_initial_weights(model_, config_);
   }
+  freeze_parameters(model_, config_.optimizer.freeze);
   optimizer_ =
       std::make_unique<Optimizer>(model_, config_.optimizer, scalar_type(config_.train.dtype));
   if (checkpoint) {
     load_optimizer(*checkpoint, state_, *optimizer_);
     spdlog::info("going on from {}", *checkpoint);
   }
-  std::error_code error;
-  std::filesystem::create_directories(run_dir, error);
-  if (error) {
-    throw std::runtime_error(run_dir + ": cannot be made the run's folder: " + error.message() +
-                             "; name another train.run_dir");
-  }
-  AtomicFile file((std::filesystem::path(run_dir) / "config.toml").string());
-  file.write(to_toml(config_));
-  file.commit();
   loader_ = std::make_unique<BatchLoader>(train_corpus_,
                                           order_,
                                           BatchPlan{.rows = config_.micro_batch_sequences(),
@@ -154,50 +136,229 @@ void Trainer::start() {
                                                     .vocab_size = config_.model.vocab_size});
 }
 
-double Trainer::accumulate_micro_batch() {
+// ---- One step -----------------------------------------------------------------------------------
+
+int64_t Trainer::micro_batches() const {
+  return config_.batch_sequences() / config_.micro_batch_sequences();
+}
+
+Trainer::MicroBatch Trainer::accumulate_micro_batch() {
   Batch batch = loader_->next();
   const at::Tensor inputs_BT = as_tensor(batch.inputs, batch);
   const at::Tensor targets_BT = as_tensor(batch.targets, batch);
   const ModelOutput output = model_->forward(inputs_BT, model_->initial_state(batch.rows));
   const at::Tensor loss = cross_entropy_loss(output.logits_BTV, targets_BT, config_.train.l2wrap);
-  const double share =
-      static_cast<double>(batch.rows) / static_cast<double>(config_.batch_sequences());
-  (loss * share).backward();
+  (loss / static_cast<double>(micro_batches())).backward();
   optimizer_->accumulate_gradient();
-  state_.samples += batch.rows;
-  return loss.item<double>() * share;
+  return {.loss = loss.item<double>(), .first_sample = batch.first_sample, .rows = batch.rows};
 }
 
-StepResult Trainer::step() {
+std::optional<StepResult> Trainer::step() {
   StepResult result;
   result.lr = config_.schedule.lr(state_.tokens, config_.total_tokens(order_.samples_per_epoch()));
   optimizer_->zero_gradient();
-  const int64_t micro_batches = config_.batch_sequences() / config_.micro_batch_sequences();
-  for (int64_t i = 0; i < micro_batches; ++i) {
-    result.loss += accumulate_micro_batch();
+  MicroBatch first_bad;
+  for (int64_t i = 0; i < micro_batches(); ++i) {
+    if (stop_signal() != 0) {
+      return std::nullopt;
+    }
+    const MicroBatch done = accumulate_micro_batch();
+    result.loss += done.loss / static_cast<double>(micro_batches());
+    if (!std::isfinite(done.loss) && first_bad.rows == 0) {
+      first_bad = done;
+    }
   }
   result.grad_norm = optimizer_->gradient_norm();
-  check_finite(result);
+  if (!std::isfinite(result.loss) || !std::isfinite(result.grad_norm)) {
+    throw std::runtime_error(where_not_finite(result, first_bad));
+  }
   optimizer_->step(result.lr, result.grad_norm);
   ++state_.step;
+  state_.samples += config_.batch_sequences();
   state_.tokens += config_.tokens_per_step();
   return result;
 }
 
-void Trainer::check_finite(const StepResult& result) const {
-  if (std::isfinite(result.loss) && std::isfinite(result.grad_norm)) {
-    return;
-  }
+std::string Trainer::where_not_finite(const StepResult& result, const MicroBatch& first_bad) const {
+  const bool bad_loss = first_bad.rows > 0;
+  const int64_t first = bad_loss ? first_bad.first_sample : state_.samples;
+  const int64_t count = bad_loss ? first_bad.rows : config_.batch_sequences();
   const std::string tensor = optimizer_->first_nonfinite_gradient();
   const auto newest = newest_checkpoint(config_.train.run_dir);
-  throw std::runtime_error(
-      "step " + std::to_string(state_.step + 1) + ": loss " + std::to_string(result.loss) +
-      ", gradient norm " + std::to_string(result.grad_norm) +
-      (tensor.empty() ? "" : ", first in " + tensor) + ", on samples " +
-      std::to_string(state_.samples - config_.batch_sequences()) + " to " +
-      std::to_string(state_.samples - 1) +
-      "; the update was not made. A lower schedule.lr_init or optimizer.clip_norm may help; " +
-      (newest ? "the last good checkpoint is " + *newest : "there is no checkpoint yet"));
+  const std::string step = std::to_string(state_.step + 1);
+  return "step " + step + ": loss " + std::to_string(result.loss) + ", gradient norm " +
+         std::to_string(result.grad_norm) +
+         (tensor.empty() ? "" : ", first in the gradient of " + tensor) + ", on samples " +
+         std::to_string(first) + " to " + std::to_string(first + count - 1) +
+         "; the update was not made, and " +
+         (newest ? "the last good checkpoint is " + *newest : "there is no checkpoint yet") +
+         ". rookery train with the same options and --replay " + step +
+         " finds the op; a lower schedule.lr_init or optimizer.clip_norm may help";
+}
+
+std::string Trainer::replay() {
+  const std::string name = "step " + std::to_string(state_.step + 1);
+  std::string report = name + ", from samples " + std::to_string(state_.samples) + " to " +
+                       std::to_string(state_.samples + config_.batch_sequences() - 1) + "\n";
+  optimizer_->zero_gradient();
+  OpChecks checks(model_);
+  for (int64_t i = 0; i < micro_batches(); ++i) {
+    const MicroBatch done = accumulate_micro_batch();
+    report += "samples " + std::to_string(done.first_sample) + " to " +
+              std::to_string(done.first_sample + done.rows - 1) + ": loss " +
+              std::to_string(done.loss) + "\n";
+  }
+  const std::string finding = checks.first_finding();
+  const std::string tensor = optimizer_->first_nonfinite_gradient();
+  report += "gradient norm " + std::to_string(optimizer_->gradient_norm()) +
+            (tensor.empty() ? "" : "; not finite, first in " + tensor) + "\n";
+  report += finding.empty()
+                ? "the results of all " + std::to_string(checks.num_ops()) + " ops are finite\n"
+                : "the first result that is not finite: " + finding + "\n";
+  return report;
+}
+
+// ---- The run ------------------------------------------------------------------------------------
+
+RunEnd Trainer::run() {
+  RunLog log(config_, state_.step, wall_clock_seconds());
+  flops_per_token_ = matrix_flops_per_token(model_);
+  matrix_flops_per_s_ = matmul_flops_per_s(scalar_type(config_.train.dtype));
+  write_start(log);
+  started_s_ = saved_s_ = now_seconds();
+  elapsed_before_s_ = state_.elapsed_s;
+  ProgressMeter meter(state_.tokens, started_s_);
+  auto ended = end();
+  while (!ended) {
+    const auto result = step();
+    state_.elapsed_s = elapsed_before_s_ + now_seconds() - started_s_;
+    if (result) {
+      finish_step(*result, meter, log);
+    }
+    ended = end();
+  }
+  if (state_.step > 0 && state_.step != saved_step_) {
+    save(log);
+  }
+  log.say(config_.train.run_dir + ": ended at step " + std::to_string(state_.step) + ": " +
+          ended->reason);
+  return *ended;
+}
+
+void Trainer::write_start(RunLog& log) const {
+  const std::string& run_dir = config_.train.run_dir;
+  const std::string parameters = describe_parameters(model_, config_.optimizer);
+  write_file(run_dir, "config.toml", to_toml(config_));
+  write_file(run_dir, "parameters.txt", parameters);
+  const Machine machine = describe_machine();
+  const nlohmann::ordered_json start = {{"step", state_.step},
+                                        {"tokens", state_.tokens},
+                                        {"time", wall_clock_seconds()},
+                                        {"rookery", rookery_version()},
+                                        {"libtorch", TORCH_VERSION},
+                                        {"system", machine.system},
+                                        {"processor", machine.processor},
+                                        {"cores", machine.cores},
+                                        {"features", machine.features},
+                                        {"memory_bytes", machine.memory_bytes},
+                                        {"threads", at::get_num_threads()},
+                                        {"matrix_flops_per_s", matrix_flops_per_s_},
+                                        {"parameters", model_->num_parameters()},
+                                        {"trained_parameters", count_trained(model_)},
+                                        {"train_tokens", train_corpus_.num_tokens()},
+                                        {"samples_per_epoch", order_.samples_per_epoch()}};
+  log.add_start(start.dump());
+
+  const ModelConfig& model = config_.model;
+  log.say(fmt::format("{}: {} layers, {} wide, vocabulary {}, {} parameters, {} of them trained",
+                      model.version,
+                      model.n_layer,
+                      model.n_embd,
+                      model.vocab_size,
+                      format_count(model_->num_parameters()),
+                      format_count(count_trained(model_))));
+  if (!config_.optimizer.freeze.empty()) {
+    log.say("trained and frozen tensors (also in " + run_dir + "/parameters.txt):\n" + parameters);
+  }
+  log.say(fmt::format("{}: {} tokens, {} windows of {} an epoch",
+                      train_corpus_.prefix(),
+                      format_count(train_corpus_.num_tokens()),
+                      order_.samples_per_epoch(),
+                      model.ctx_len));
+  if (total_steps_) {
+    log.say(fmt::format("{} steps of {} tokens, {:.2f} epochs",
+                        *total_steps_,
+                        config_.tokens_per_step(),
+                        static_cast<double>(*total_steps_ * config_.batch_sequences()) /
+                            static_cast<double>(order_.samples_per_epoch())));
+  }
+  log.say(
+      fmt::format("{} threads; matrix products reach {:.3g} GFLOP/s here, so mfu 100% would be "
+                  "{:.0f} tok/s",
+                  at::get_num_threads(),
+                  matrix_flops_per_s_ / 1e9,
+                  matrix_flops_per_s_ / flops_per_token_));
+}
+
+std::optional<RunEnd> Trainer::end() const {
+  const TrainConfig& train = config_.train;
+  if (const int signal = stop_signal(); signal != 0) {
+    return RunEnd{.reason = std::string(signal == SIGINT ? "SIGINT" : "SIGTERM") + " asked to stop",
+                  .signal = signal};
+  }
+  if (total_steps_ && state_.step >= *total_steps_) {
+    return RunEnd{.reason = config_.total_steps_key(order_.samples_per_epoch()) + " is reached"};
+  }
+  if (train.total_minutes && state_.elapsed_s >= 60 * *train.total_minutes) {
+    return RunEnd{.reason = "train.total_minutes = " + to_config_text(*train.total_minutes) +
+                            " are over"};
+  }
+  return std::nullopt;
+}
+
+bool Trainer::is_step_of(std::optional<int64_t> every) const {
+  return state_.step == total_steps_ || (every && state_.step % *every == 0);
+}
+
+void Trainer::finish_step(const StepResult& result, ProgressMeter& meter, RunLog& log) {
+  const TrainConfig& train = config_.train;
+  const double pause_s = now_seconds();
+  StepRecord record = meter.finish_step({.step = state_.step,
+                                         .total_steps = total_steps_,
+                                         .tokens = state_.tokens,
+                                         .loss = result.loss,
+                                         .lr = result.lr,
+                                         .grad_norm = result.grad_norm,
+                                         .memory_bytes = peak_resident_bytes(),
+                                         .elapsed_s = state_.elapsed_s,
+                                         .time = wall_clock_seconds()},
+                                        pause_s,
+                                        loader_->wait_seconds());
+  if (record.tokens_per_s) {
+    record.mfu = *record.tokens_per_s * flops_per_token_ / matrix_flops_per_s_;
+  }
+  if (train.total_minutes) {
+    const double minutes_left_s = std::max(0.0, 60 * *train.total_minutes - state_.elapsed_s);
+    record.seconds_left = std::min(record.seconds_left.value_or(minutes_left_s), minutes_left_s);
+  }
+  if (validation_corpus_ && is_step_of(train.validate_every_steps)) {
+    record.validation_loss = validate();
+  }
+  const bool first = state_.step == 1 || state_.step == saved_step_ + 1;
+  if (first || is_step_of(train.log_every_steps) || record.validation_loss) {
+    log.add(record);
+  } else {
+    log.show(record);
+  }
+  if (config_.sample.every_steps && is_step_of(config_.sample.every_steps)) {
+    write_sample(record, log);
+  }
+  const bool minutes_passed =
+      train.save_every_minutes && now_seconds() - saved_s_ >= 60 * *train.save_every_minutes;
+  if (is_step_of(train.save_every_steps) || minutes_passed) {
+    save(log);
+  }
+  meter.exclude_seconds(now_seconds() - pause_s);
 }
 
 double Trainer::validate() {
@@ -209,66 +370,30 @@ double Trainer::validate() {
   return evaluation.loss;
 }
 
-void Trainer::save() {
-  const std::string path = save_checkpoint(config_.train.run_dir,
-                                           config_,
-                                           *optimizer_,
-                                           state_,
-                                           {.newest = config_.train.keep_checkpoints});
-  spdlog::info("saved {}", path);
+void Trainer::write_sample(const StepRecord& record, RunLog& log) {
+  const SampleConfig& sample = config_.sample;
+  std::string text;
+  generate_text(model_,
+                *tokenizer_,
+                {.prompt = sample.prompt,
+                 .length = sample.length,
+                 .sampling = {.temperature = sample.temperature, .top_p = sample.top_p},
+                 .seed = static_cast<uint64_t>(config_.train.seed)},
+                [&](std::string_view part) { text += part; });
+  log.add_sample(record, sample.prompt, text);
 }
 
-void Trainer::log_start() const {
-  spdlog::info("{}: {} layers, {} wide, vocabulary {}, {} parameters",
-               config_.model.version,
-               config_.model.n_layer,
-               config_.model.n_embd,
-               config_.model.vocab_size,
-               format_count(model_->num_parameters()));
-  spdlog::info("{}: {} tokens, {} windows of {} an epoch",
-               train_corpus_.prefix(),
-               format_count(train_corpus_.num_tokens()),
-               order_.samples_per_epoch(),
-               config_.model.ctx_len);
-  spdlog::info("{} steps of {} tokens, {:.2f} epochs; {} threads",
-               total_steps_,
-               config_.tokens_per_step(),
-               static_cast<double>(total_steps_ * config_.batch_sequences()) /
-                   static_cast<double>(order_.samples_per_epoch()),
-               at::get_num_threads());
-}
-
-void Trainer::run() {
-  log_start();
-  if (state_.step >= total_steps_) {
-    spdlog::info("{}: all {} steps are done already", config_.train.run_dir, total_steps_);
-    return;
-  }
+void Trainer::save(RunLog& log) {
   const TrainConfig& train = config_.train;
-  const auto is_due = [&](std::optional<int64_t> every) {
-    return state_.step == total_steps_ || (every && state_.step % *every == 0);
-  };
-  MetricsFile metrics((std::filesystem::path(train.run_dir) / "metrics.jsonl").string(),
-                      state_.step);
-  ProgressMeter meter(total_steps_, state_.tokens, now_seconds());
-  while (state_.step < total_steps_) {
-    const bool first = state_.step == 0;
-    const StepResult result = step();
-    StepRecord record = meter.finish_step(
-        state_.step, state_.tokens, result.loss, result.lr, result.grad_norm, now_seconds());
-    const double pause = now_seconds();
-    if (validation_corpus_ && is_due(train.validate_every_steps)) {
-      record.validation_loss = validate();
-    }
-    if (first || is_due(train.log_every_steps) || record.validation_loss) {
-      metrics.write(record);
-      spdlog::info("{}", format_step_line(record));
-    }
-    if (is_due(train.save_every_steps)) {
-      save();
-    }
-    meter.exclude_seconds(now_seconds() - pause);
-  }
+  const std::string path =
+      save_checkpoint(train.run_dir,
+                      config_,
+                      *optimizer_,
+                      state_,
+                      {.newest = train.keep_checkpoints, .every_steps = train.keep_every_steps});
+  saved_step_ = state_.step;
+  saved_s_ = now_seconds();
+  log.say("saved " + path);
 }
 
 }  // namespace rwkv

@@ -4,22 +4,21 @@
 #include <cstdint>
 #include <memory>
 #include <optional>
+#include <string>
 
 #include "data/batch_loader.h"
 #include "data/binidx.h"
 #include "data/sample_order.h"
+#include "data/tokenizer.h"
 #include "model/rwkv_model.h"
 #include "train/checkpoint.h"
 #include "train/metrics.h"
 #include "train/optimizer.h"
 #include "train/run_config.h"
+#include "train/run_folder.h"
+#include "train/run_log.h"
 
 namespace rwkv {
-
-// Fills in what a configuration leaves to the corpus (vocab_size, from the tokenizer record) and to
-// the model's version (dim_att, dim_ffn). Throws std::invalid_argument or std::runtime_error naming
-// both sides where corpus, tokenizer and configuration contradict each other.
-RunConfig resolve_run_config(RunConfig config);
 
 struct StepResult {
   double loss = 0;       // mean over the step's tokens, nats
@@ -27,42 +26,79 @@ struct StepResult {
   double lr = 0;
 };
 
-// What a run leaves in train.run_dir: config.toml (resolved), metrics.jsonl, checkpoints/. A run
-// that finds a checkpoint there goes on from it: later losses and final weights are bit for bit
-// those of a run that was never interrupted, on the same number of threads.
+// Why a run ended: "train.total_steps = 800 reached", and the signal if it was one.
+struct RunEnd {
+  std::string reason;
+  int signal = 0;  // 0: none
+};
+
+// What a run leaves in train.run_dir is in train/run_folder.h. A run that finds a checkpoint there
+// goes on from it: later losses and final weights are bit for bit those of a run that was never
+// interrupted, on the same number of threads.
 class Trainer {
  public:
-  // Opens corpora, builds the model, goes on from the newest checkpoint if there is one.
+  // Takes the run's folder, opens corpora, builds the model, goes on from the newest checkpoint if
+  // there is one. Throws std::invalid_argument or std::runtime_error, also if another program
+  // trains in the folder.
   explicit Trainer(const RunConfig& config);
+  // The run as it was before `step`, to do it again: from the newest checkpoint before it, or from
+  // the start. Nothing in the folder is changed.
+  static Trainer before_step(const RunConfig& config, int64_t step);
 
   // Trains to the end, validating, saving and logging on the way.
-  void run();
+  RunEnd run();
 
-  // One update on the next batch. Throws std::runtime_error before the update, naming the step, the
-  // first bad tensor and the sample numbers, if loss or gradient is not finite.
-  StepResult step();
+  // One update on the next batch; nothing, and no update, if a signal asked to stop meanwhile.
+  // Throws std::runtime_error before the update, naming the step, the first bad tensor and the
+  // sample numbers, if loss or gradient is not finite.
+  std::optional<StepResult> step();
+
+  // Does the next step without its update, looks at the result of every op, and says what it found:
+  // the loss of each sample, the gradient, the first op whose result is not finite.
+  std::string replay();
 
   RwkvModel model() const { return model_; }
   const TrainerState& state() const { return state_; }
-  int64_t total_steps() const { return total_steps_; }
+  std::optional<int64_t> total_steps() const { return total_steps_; }
 
  private:
-  void start();
-  void log_start() const;
-  double accumulate_micro_batch();
-  void check_finite(const StepResult& result) const;
+  enum class Purpose { kTrain, kReplay };
+  Trainer(const RunConfig& config, Purpose purpose, std::optional<int64_t> before_step);
+
+  struct MicroBatch {
+    double loss = 0;  // mean over its tokens
+    int64_t first_sample = 0;
+    int64_t rows = 0;
+  };
+  void start(std::optional<int64_t> before_step);
+  void write_start(RunLog& log) const;
+  int64_t micro_batches() const;
+  MicroBatch accumulate_micro_batch();
+  std::string where_not_finite(const StepResult& result, const MicroBatch& first_bad) const;
+  std::optional<RunEnd> end() const;
+  bool is_step_of(std::optional<int64_t> every) const;
+  void finish_step(const StepResult& result, ProgressMeter& meter, RunLog& log);
   double validate();
-  void save();
+  void write_sample(const StepRecord& record, RunLog& log);
+  void save(RunLog& log);
 
   RunConfig config_;
+  std::optional<RunLock> lock_;
   BinidxFile train_corpus_;
   std::optional<BinidxFile> validation_corpus_;
+  std::unique_ptr<Tokenizer> tokenizer_;  // of samples
   SampleOrder order_;
-  int64_t total_steps_;
+  std::optional<int64_t> total_steps_;
   RwkvModel model_;
   std::unique_ptr<Optimizer> optimizer_;
   TrainerState state_;
   std::unique_ptr<BatchLoader> loader_;
+  double started_s_ = 0;  // steady clock, and state_.elapsed_s, at the start
+  double elapsed_before_s_ = 0;
+  double saved_s_ = 0;  // steady clock at the last save
+  int64_t saved_step_ = -1;
+  double flops_per_token_ = 0;
+  double matrix_flops_per_s_ = 0;  // of this machine
 };
 
 }  // namespace rwkv

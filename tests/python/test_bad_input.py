@@ -443,7 +443,7 @@ class Checkpoints(BadInput):
 
     def test_beside_metrics_that_are_none(self):
         self.write("run/metrics.jsonl", b"not a line\n")
-        self.resume(FAILED, "run/metrics.jsonl:1", "is no line of metrics", "repair the line",
+        self.resume(FAILED, "run/metrics.jsonl:1", "is not a JSON object with a", "repair the line",
                     may_leave={"run/config.toml"})
 
 

@@ -3,6 +3,7 @@
 Run by ctest as: test_resume.py PATH_OF_ROOKERY.
 """
 
+import json
 import os
 import pathlib
 import random
@@ -87,11 +88,15 @@ class Resume(unittest.TestCase):
         names = support.checkpoints(whole / "run")
         self.assertEqual(support.checkpoints(killed / "run"), names)
         for name in names:
-            for file in ("model.safetensors", "optimizer.safetensors", "trainer.json",
-                         "config.toml"):
+            for file in ("model.safetensors", "optimizer.safetensors", "config.toml"):
                 contents = [(where / "run/checkpoints" / name / file).read_bytes()
                             for where in (whole, killed)]
                 self.assertEqual(contents[0] == contents[1], True, f"{name}/{file} differs")
+            # The time that it took is another.
+            progress = [json.loads((where / "run/checkpoints" / name / "trainer.json").read_text())
+                        for where in (whole, killed)]
+            self.assertGreater(min(row.pop("elapsed_s") for row in progress), 0)
+            self.assertEqual(progress[0], progress[1])
 
     def kill_at(self, folder, condition):
         process = Process(folder)

@@ -25,13 +25,24 @@ StepRecord sample_record() {
           .lr = 5.98e-4,
           .grad_norm = 0.8123,
           .tokens_per_s = 45123.4,
-          .seconds_left = 3725};
+          .seconds_left = 3725,
+          .data_wait = 0.004,
+          .mfu = 0.617,
+          .memory_bytes = 1'213'000'000,
+          .elapsed_s = 90.5,
+          .time = 1.8e9};
 }
 
 TEST(StepLine, ShowsEverythingInItsUnit) {
   EXPECT_EQ(format_step_line(sample_record()),
             "step   120/4,000 | 3.07M tokens | loss 2.3456 (avg 2.4012) | lr 5.98e-04 | grad 0.81 "
-            "| 45,123 tok/s | 1h02m left");
+            "| 45,123 tok/s | mfu 62% | data 0% | 1.21 GB | 1h02m left");
+}
+
+TEST(StepLine, CountsAloneWhereTheRunHasNoLastStep) {
+  StepRecord record = sample_record();
+  record.total_steps.reset();
+  EXPECT_THAT(format_step_line(record), StartsWith("step 120 | "));
 }
 
 TEST(StepLine, ShowsAValidation) {
@@ -44,12 +55,16 @@ TEST(StepLine, LeavesOutWhatIsNotKnown) {
   StepRecord record = sample_record();
   record.tokens_per_s.reset();
   record.seconds_left.reset();
+  record.data_wait.reset();
+  record.mfu.reset();
+  record.memory_bytes.reset();
   EXPECT_THAT(format_step_line(record), testing::EndsWith("| grad 0.81"));
 }
 
 TEST(StepLine, GrowsWithLargeNumbers) {
   StepRecord record = sample_record();
-  record.step = record.total_steps = 1'234'567;
+  record.step = 1'234'567;
+  record.total_steps = record.step;
   record.tokens_per_s = 1e6;
   EXPECT_THAT(format_step_line(record),
               AllOf(StartsWith("step 1,234,567/1,234,567 |"), HasSubstr("| 1,000,000 tok/s |")));
@@ -80,30 +95,45 @@ TEST(Count, HasThreeDigits) {
   EXPECT_EQ(format_count(2'000'000'000'000'000), "2000T");
 }
 
+// What a run of `total_steps` knows of a step by itself.
+StepRecord after(int64_t step, int64_t tokens, double loss, int64_t total_steps = 10) {
+  return {.step = step, .total_steps = total_steps, .tokens = tokens, .loss = loss, .lr = 1e-3};
+}
+
 TEST(ProgressMeter, MeasuresSpeedAndTimeLeft) {
-  ProgressMeter meter(10, 0, 100.0);
-  const StepRecord first = meter.finish_step(1, 512, 5.5, 1e-3, 1.25, 102.0);
+  ProgressMeter meter(0, 100.0);
+  const StepRecord first = meter.finish_step(after(1, 512, 5.5), 102.0, 0.5);
   EXPECT_EQ(first.step, 1);
   EXPECT_EQ(first.total_steps, 10);
   EXPECT_EQ(first.tokens, 512);
   EXPECT_EQ(first.loss, 5.5);
   EXPECT_EQ(first.lr, 1e-3);
-  EXPECT_EQ(first.grad_norm, 1.25);
   EXPECT_EQ(first.tokens_per_s, 256.0);
+  EXPECT_EQ(first.data_wait, 0.25);
   EXPECT_EQ(first.seconds_left, 18.0);
-  const StepRecord second = meter.finish_step(2, 1024, 5.0, 1e-3, 1, 106.0);
+  const StepRecord second = meter.finish_step(after(2, 1024, 5.0), 106.0, 3.0);
   EXPECT_DOUBLE_EQ(*second.tokens_per_s, 1024.0 / 6);
+  EXPECT_DOUBLE_EQ(*second.data_wait, 0.5);
   EXPECT_DOUBLE_EQ(*second.seconds_left, 8 * 3.0);
 }
 
+TEST(ProgressMeter, KnowsNoTimeLeftWithoutAnEnd) {
+  ProgressMeter meter(0, 0.0);
+  StepRecord endless = after(1, 64, 1);
+  endless.total_steps.reset();
+  const StepRecord record = meter.finish_step(endless, 1.0, 0);
+  EXPECT_EQ(record.tokens_per_s, 64.0);
+  EXPECT_EQ(record.seconds_left, std::nullopt);
+}
+
 TEST(ProgressMeter, ForgetsOldSpeed) {
-  ProgressMeter meter(1000, 0, 0.0);
+  ProgressMeter meter(0, 0.0);
   double now_s = 0;
   StepRecord record;
   // A slow start: ten steps of 100 s, then 32 of 1 s.
   for (int64_t step = 1; step <= 42; ++step) {
     now_s += step <= 10 ? 100 : 1;
-    record = meter.finish_step(step, step * 64, 1, 1, 1, now_s);
+    record = meter.finish_step(after(step, step * 64, 1, 1000), now_s, 0);
     if (step == 41) {
       EXPECT_LT(*record.tokens_per_s, 64.0);
     }
@@ -113,36 +143,36 @@ TEST(ProgressMeter, ForgetsOldSpeed) {
 }
 
 TEST(ProgressMeter, CountsOnlyItsOwnTokensAfterAResume) {
-  ProgressMeter meter(100, 50 * 64, 7.0);
-  const StepRecord record = meter.finish_step(51, 51 * 64, 1, 1, 1, 8.0);
+  ProgressMeter meter(50 * 64, 7.0);
+  const StepRecord record = meter.finish_step(after(51, 51 * 64, 1, 100), 8.0, 0);
   EXPECT_DOUBLE_EQ(*record.tokens_per_s, 64.0);
   EXPECT_DOUBLE_EQ(*record.seconds_left, 49.0);
 }
 
 TEST(ProgressMeter, LeavesExcludedTimeOut) {
-  ProgressMeter meter(10, 0, 0.0);
-  meter.finish_step(1, 64, 1, 1, 1, 1.0);
+  ProgressMeter meter(0, 0.0);
+  meter.finish_step(after(1, 64, 1), 1.0, 0);
   meter.exclude_seconds(60.0);
-  const StepRecord record = meter.finish_step(2, 128, 1, 1, 1, 62.0);
+  const StepRecord record = meter.finish_step(after(2, 128, 1), 62.0, 0);
   EXPECT_DOUBLE_EQ(*record.tokens_per_s, 64.0);
   EXPECT_DOUBLE_EQ(*record.seconds_left, 8.0);
 }
 
 TEST(ProgressMeter, KnowsNoSpeedBeforeTimeHasPassed) {
-  ProgressMeter meter(10, 0, 5.0);
-  const StepRecord record = meter.finish_step(1, 64, 1, 1, 1, 5.0);
+  ProgressMeter meter(0, 5.0);
+  const StepRecord record = meter.finish_step(after(1, 64, 1), 5.0, 0);
   EXPECT_EQ(record.tokens_per_s, std::nullopt);
   EXPECT_EQ(record.seconds_left, std::nullopt);
 }
 
 TEST(ProgressMeter, SmoothsTheLossWithoutPullingItTowardsZero) {
-  ProgressMeter meter(1000, 0, 0.0);
-  EXPECT_DOUBLE_EQ(meter.finish_step(1, 1, 4.0, 1, 1, 1).smoothed_loss, 4.0);
+  ProgressMeter meter(0, 0.0);
+  EXPECT_DOUBLE_EQ(meter.finish_step(after(1, 1, 4.0), 1, 0).smoothed_loss, 4.0);
   // (0.98 * 4 + 2) / (0.98 + 1)
-  EXPECT_DOUBLE_EQ(meter.finish_step(2, 2, 2.0, 1, 1, 2).smoothed_loss, 5.92 / 1.98);
+  EXPECT_DOUBLE_EQ(meter.finish_step(after(2, 2, 2.0), 2, 0).smoothed_loss, 5.92 / 1.98);
   StepRecord record;
   for (int64_t step = 3; step <= 1000; ++step) {
-    record = meter.finish_step(step, step, 1.0, 1, 1, static_cast<double>(step));
+    record = meter.finish_step(after(step, step, 1.0, 1000), static_cast<double>(step), 0);
   }
   EXPECT_NEAR(record.smoothed_loss, 1.0, 1e-6);
 }
@@ -151,30 +181,31 @@ StepRecord record_of(int64_t step) {
   return {.step = step, .total_steps = 9, .tokens = step * 64, .loss = 0.1, .smoothed_loss = 0.2};
 }
 
-TEST(MetricsFile, HoldsOneObjectAStep) {
+TEST(StepFile, HoldsOneObjectAStep) {
   const test::TempFolder folder;
-  MetricsFile file(folder.path("metrics.jsonl"), 0);
+  StepFile file(folder.path("metrics.jsonl"), 0);
   StepRecord record = sample_record();
   record.validation_loss = 1.0 / 3;
-  file.write(record);
-  file.write(record_of(121));
+  file.append(record.step, to_json(record));
+  file.append(121, to_json(record_of(121)));
   // Readable while the run goes on.
   EXPECT_EQ(test::read_file(folder.path("metrics.jsonl")),
             "{\"step\":120,\"total_steps\":4000,\"tokens\":3072000,\"loss\":2.34564,"
             "\"smoothed_loss\":2.40116,\"lr\":0.000598,\"grad_norm\":0.8123,"
-            "\"tokens_per_s\":45123.4,\"seconds_left\":3725.0,"
-            "\"validation_loss\":0.3333333333333333}\n"
+            "\"tokens_per_s\":45123.4,\"data_wait\":0.004,\"mfu\":0.617,"
+            "\"memory_bytes\":1213000000,\"seconds_left\":3725.0,"
+            "\"validation_loss\":0.3333333333333333,\"elapsed_s\":90.5,\"time\":1800000000.0}\n"
             "{\"step\":121,\"total_steps\":9,\"tokens\":7744,\"loss\":0.1,\"smoothed_loss\":0.2,"
-            "\"lr\":0.0,\"grad_norm\":0.0}\n");
+            "\"lr\":0.0,\"grad_norm\":0.0,\"elapsed_s\":0.0,\"time\":0.0}\n");
 }
 
-TEST(MetricsFile, HoldsEachStepOnceAfterAResume) {
+TEST(StepFile, HoldsEachStepOnceAfterAResume) {
   const test::TempFolder folder;
   const std::string path = folder.path("metrics.jsonl");
   const auto write_steps = [&](int64_t resumed_step, int64_t last_step) {
-    MetricsFile file(path, resumed_step);
+    StepFile file(path, resumed_step);
     for (int64_t step = resumed_step + 1; step <= last_step; ++step) {
-      file.write(record_of(step));
+      file.append(step, to_json(record_of(step)));
     }
   };
   write_steps(0, 5);
@@ -188,39 +219,39 @@ TEST(MetricsFile, HoldsEachStepOnceAfterAResume) {
   EXPECT_THAT(folder.files(), ElementsAre("metrics.jsonl"));
 }
 
-TEST(MetricsFile, DropsALastLineThatWasCut) {
+TEST(StepFile, DropsALastLineThatWasCut) {
   const test::TempFolder folder;
   const std::string path = folder.path("metrics.jsonl");
   test::write_file(path, "{\"step\":1}\n{\"step\":2}\n{\"step\":3,\"lo");
-  MetricsFile(path, 9);
+  StepFile(path, 9);
   EXPECT_EQ(test::read_file(path), "{\"step\":1}\n{\"step\":2}\n");
   // Even one that would parse: a number may lack digits.
   test::write_file(path, "{\"step\":1}\n{\"step\":2}");
-  MetricsFile(path, 9).write(record_of(2));
+  StepFile(path, 9).append(2, to_json(record_of(2)));
   EXPECT_THAT(test::read_file(path), StartsWith("{\"step\":1}\n{\"step\":2,\"total_steps\":9"));
 }
 
-TEST(MetricsFile, NamesALineThatIsNotItsOwn) {
+TEST(StepFile, NamesALineThatIsNotItsOwn) {
   const test::TempFolder folder;
   const std::string path = folder.path("metrics.jsonl");
   for (const char* line :
        {"notes", "[1]", "{\"epoch\":1}", "{\"step\":\"x\"}", "", "{\"step\":1"}) {
     const std::string text = "{\"step\":1}\n" + std::string(line) + "\n{\"step\":3}\n";
     test::write_file(path, text);
-    EXPECT_THAT(THROWN_TEXT(std::runtime_error, MetricsFile(path, 1)),
-                StartsWith(path + ":2: \"" + line + "\" is no line of metrics"));
+    EXPECT_THAT(THROWN_TEXT(std::runtime_error, StepFile(path, 1)),
+                StartsWith(path + ":2: \"" + line + "\" is not a JSON object with a \"step\""));
     EXPECT_EQ(test::read_file(path), text) << "the file is left as it was";
   }
 }
 
-TEST(MetricsFile, NamesAFolderThatIsNotThere) {
-  EXPECT_THAT(THROWN_TEXT(std::runtime_error, MetricsFile("/nonexistent/metrics.jsonl", 0)),
+TEST(StepFile, NamesAFolderThatIsNotThere) {
+  EXPECT_THAT(THROWN_TEXT(std::runtime_error, StepFile("/nonexistent/metrics.jsonl", 0)),
               StartsWith("/nonexistent/metrics.jsonl: cannot be opened"));
 }
 
-TEST(MetricsFile, ReportsALineThatCannotBeWritten) {
+TEST(StepFile, ReportsALineThatCannotBeWritten) {
   const test::TempFolder folder;
-  MetricsFile file(folder.path("metrics.jsonl"), 0);
+  StepFile file(folder.path("metrics.jsonl"), 0);
   // A limit on the size of files stands in for a full disk.
   ::signal(SIGXFSZ, SIG_IGN);
   rlimit before{};
@@ -230,7 +261,7 @@ TEST(MetricsFile, ReportsALineThatCannotBeWritten) {
   ASSERT_EQ(::setrlimit(RLIMIT_FSIZE, &tight), 0);
   std::string text;
   try {
-    file.write(record_of(7));
+    file.append(7, to_json(record_of(7)));
   } catch (const std::runtime_error& error) {
     text = error.what();
   }

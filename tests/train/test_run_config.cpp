@@ -79,19 +79,33 @@ RunConfig full_config() {
              .batch_tokens = 256,
              .micro_batch_size = 2,
              .total_epochs = 1.0 / 3,
+             .total_minutes = 90.5,
              .validate_every_steps = 10,
              .validation_tokens = 3200,
              .save_every_steps = 20,
+             .save_every_minutes = 30,
              .keep_checkpoints = 5,
+             .keep_every_steps = 1000,
              .log_every_steps = 3,
+             .tensorboard = false,
              .threads = 7,
              .l2wrap = 2e-4};
+  c.init = {.from = "released.pth",
+            .allow_missing = {"head.weight"},
+            .allow_unexpected = {"blocks.*.att.v0", "x"},
+            .vocab_growth = VocabGrowth::kMean};
+  c.sample = {.every_steps = 9,
+              .prompt = "In the\n\"beginning\"",
+              .length = 17,
+              .temperature = 0.7,
+              .top_p = 0.6};
   c.optimizer = {.beta1 = 0.8,
                  .beta2 = 0.95,
                  .eps = 1e-9,
                  .weight_decay = 0.01,
                  .clip_norm = 0.5,
-                 .layerwise_lr = false};
+                 .layerwise_lr = false,
+                 .freeze = {"emb.*", "blocks.0.*"}};
   c.schedule = {.kind = ScheduleKind::kWarmupStableDecay,
                 .lr_init = 1e-3,
                 .lr_final = 1e-6,
@@ -162,8 +176,8 @@ TEST(RunConfigFile, NamesTheOptionThatValidateRejects) {
             "--set model.n_embd=-3: model.n_embd = -3: must be 1 or more");
   EXPECT_EQ(option_error({"model.ctx_len=512", "model.n_embed=3"}),
             "--set model.n_embed=3: unknown key model.n_embed; did you mean model.n_embd?");
-  EXPECT_THAT(option_error({"train.total_tokens=5", "train.total_epochs=2"}),
-              StartsWith("--set train.total_tokens=5: train.total_tokens is not given alone"));
+  EXPECT_THAT(option_error({"train.batch_tokens=512", "train.batch_size=2"}),
+              StartsWith("--set train.batch_size=2: train.batch_size is not given alone"));
 }
 
 TEST(RunConfigFile, OptionsComeAfterTheFileInOrder) {
@@ -228,7 +242,7 @@ INSTANTIATE_TEST_SUITE_P(
     Keys,
     RunConfigRange,
     testing::Values(
-        BadValue{"model.n_layer=0", "model.n_layer = 0: must be 1 or more"},
+        BadValue{"model.n_layer=-1", "model.n_layer = -1: must be 1 or more"},
         BadValue{"model.ctx_len=0", "model.ctx_len = 0: "},
         BadValue{"model.vocab_size=-1", "model.vocab_size = -1: "},
         BadValue{"data.train=\"\"", "data.train is not given"},
@@ -281,7 +295,7 @@ INSTANTIATE_TEST_SUITE_P(
         BadValue{"schedule.warmup_tokens=102400",
                  "schedule.warmup_tokens = 102400: the run has 102400 tokens"}));
 
-TEST(RunConfigValidate, WantsExactlyOneBatchAndOneLength) {
+TEST(RunConfigValidate, WantsExactlyOneBatchAndALength) {
   RunConfig config = small_config();
   config.train.batch_tokens = 1024;
   EXPECT_EQ(validate_error(config),
@@ -292,11 +306,40 @@ TEST(RunConfigValidate, WantsExactlyOneBatchAndOneLength) {
   EXPECT_EQ(validate_error(config),
             "train.batch_size is not given; give one of train.batch_size, train.batch_tokens");
   config = small_config();
-  config.train.total_epochs = 1;
-  EXPECT_THAT(validate_error(config), StartsWith("train.total_steps is not given alone"));
-  config.train.total_epochs.reset();
   config.train.total_steps.reset();
   EXPECT_THAT(validate_error(config), StartsWith("train.total_tokens is not given; give one of"));
+}
+
+TEST(RunConfigValidate, LetsMinutesAloneEndOnlyARunOfConstantRate) {
+  RunConfig config = small_config();
+  config.train.total_steps.reset();
+  config.train.total_minutes = 1.5;
+  EXPECT_THAT(validate_error(config), StartsWith("train.total_minutes = 1.5: is the only end"));
+  config.schedule.kind = ScheduleKind::kConstant;
+  config.validate();
+  EXPECT_EQ(config.total_steps(10), std::nullopt);
+  EXPECT_EQ(config.total_steps_key(10), "");
+}
+
+TEST(RunConfigValidate, WantsATokenizerForSamples) {
+  RunConfig config = small_config();
+  config.sample.every_steps = 5;
+  EXPECT_THAT(validate_error(config),
+              StartsWith("sample.every_steps = 5: there is no data.tokenizer"));
+}
+
+TEST(RunConfigValidate, LeavesSizesOpenOnlyToWeights) {
+  const std::vector<std::string> options = {
+      "data.train=corpus", "train.run_dir=run", "train.batch_size=4", "train.total_steps=100"};
+  const RunConfig fresh = load_run_config(std::nullopt, options);
+  EXPECT_EQ(fresh.model.version, "rwkv4");
+  EXPECT_EQ(fresh.model.n_layer, 6);
+  auto with_weights = options;
+  with_weights.push_back("init.from=a.pth");
+  const RunConfig continued = load_run_config(std::nullopt, with_weights);
+  EXPECT_EQ(continued.model.version, "");
+  EXPECT_EQ(continued.model.n_layer, 0);
+  EXPECT_EQ(continued.model.n_embd, 0);
 }
 
 TEST(RunConfigValidate, RejectsValidationSettingsWithNothingToValidateOn) {
@@ -397,6 +440,11 @@ TEST(RunConfigResume, LetsHowTheRunIsHandledDiffer) {
   now.train.threads.reset();
   now.data.validation.reset();
   now.data.tokenizer.reset();
+  now.train.total_minutes = 3;
+  now.train.save_every_minutes = 4;
+  now.train.keep_every_steps = 5;
+  now.train.tensorboard = true;
+  now.sample = {.prompt = "b", .length = 7, .temperature = 0.3, .top_p = 0.4};
   check_resume(now, saved, 512);
 }
 
@@ -420,21 +468,18 @@ std::vector<std::string> keys_of(const std::string& text) {
 TEST(RunConfigResume, EveryOtherKeyMustMatch) {
   const RunConfig saved = full_config();
   std::vector<std::string> keys = keys_of(to_toml(saved));
-  for (const char* key : {"data.validation",
-                          "data.tokenizer",
-                          "train.run_dir",
-                          "train.device",
-                          "train.micro_batch_size",
-                          "train.validate_every_steps",
-                          "train.validation_tokens",
-                          "train.save_every_steps",
-                          "train.keep_checkpoints",
-                          "train.log_every_steps",
-                          "train.threads",
-                          "train.batch_size",
-                          "train.total_tokens",
-                          "train.total_steps",
-                          "train.total_epochs"}) {
+  for (const char* key : {"data.validation",         "data.tokenizer",
+                          "train.run_dir",           "train.device",
+                          "train.micro_batch_size",  "train.validate_every_steps",
+                          "train.validation_tokens", "train.save_every_steps",
+                          "train.keep_checkpoints",  "train.save_every_minutes",
+                          "train.keep_every_steps",  "train.total_minutes",
+                          "train.log_every_steps",   "train.tensorboard",
+                          "train.threads",           "sample.every_steps",
+                          "sample.prompt",           "sample.length",
+                          "sample.temperature",      "sample.top_p",
+                          "train.batch_size",        "train.total_tokens",
+                          "train.total_steps",       "train.total_epochs"}) {
     ASSERT_EQ(std::erase(keys, key), 1U) << key;
   }
   const auto changed = [](RunConfig config, const auto& change) {
@@ -452,6 +497,12 @@ TEST(RunConfigResume, EveryOtherKeyMustMatch) {
       {"model.ctx_len", changed(saved, [](auto& c) { c.model.ctx_len = 64; })},
       {"data.train", changed(saved, [](auto& c) { c.data.train = "b"; })},
       {"data.order", changed(saved, [](auto& c) { c.data.order = SampleOrderKind::kShuffled; })},
+      {"init.from", changed(saved, [](auto& c) { c.init.from = "b.pth"; })},
+      {"init.allow_missing", changed(saved, [](auto& c) { c.init.allow_missing = {"b"}; })},
+      {"init.allow_unexpected", changed(saved, [](auto& c) { c.init.allow_unexpected = {"b"}; })},
+      {"init.vocab_growth",
+       changed(saved, [](auto& c) { c.init.vocab_growth = VocabGrowth::kZero; })},
+      {"optimizer.freeze", changed(saved, [](auto& c) { c.optimizer.freeze = {"b"}; })},
       {"train.dtype", changed(saved, [](auto& c) { c.train.dtype = TrainDtype::kFp32; })},
       {"train.seed", changed(saved, [](auto& c) { c.train.seed = 1; })},
       {"train.batch_tokens", changed(saved, [](auto& c) { c.train.batch_tokens = 512; })},

@@ -1,15 +1,13 @@
-#include "model/generate.h"
-
 #include <iostream>
 
 #include <ATen/ATen.h>
-#include <ATen/CPUGeneratorImpl.h>
 
 #include "data/tokenizer_registry.h"
 #include "model/formats/format_registry.h"
 #include "model/weights.h"
-#include "train/checkpoint.h"
 #include "train/commands/commands.h"
+#include "train/generate_text.h"
+#include "train/run_folder.h"
 
 namespace rwkv {
 namespace {
@@ -30,15 +28,6 @@ std::string tokenizer_spec(const cxxopts::ParseResult& parsed, const std::string
                                 describe_tokenizer_specs());
   }
   return *config->data.tokenizer;
-}
-
-void check_vocabulary(const Tokenizer& tokenizer, const ModelConfig& config) {
-  if (tokenizer.vocab_size() > config.vocab_size) {
-    throw std::invalid_argument("the tokenizer has " + std::to_string(tokenizer.vocab_size()) +
-                                " ids but the model's vocabulary is " +
-                                std::to_string(config.vocab_size) +
-                                "; was the model trained with another tokenizer?");
-  }
 }
 
 }  // namespace
@@ -79,38 +68,23 @@ int generate_command(int argc, char** argv) {
   const ComputeDtype dtype = parse_dtype((*parsed)["dtype"].as<std::string>());
   const std::string path = find_model((*parsed)["model"].as<std::string>());
   const auto tokenizer = open_tokenizer(tokenizer_spec(*parsed, path));
-  const at::NoGradGuard no_grad;
-  RwkvModel model = open_model(path, dtype == ComputeDtype::kBf16 ? at::kBFloat16 : at::kFloat);
-  check_vocabulary(*tokenizer, model->config());
+  const RwkvModel model =
+      open_model(path, dtype == ComputeDtype::kBf16 ? at::kBFloat16 : at::kFloat);
 
   const std::string prompt = (*parsed)["prompt"].as<std::string>();
-  const auto end = tokenizer->end_of_document();
-  // A text begins where another ended; what was trained on has that token in front of each
-  // document.
-  std::vector<int32_t> ids;
-  if (end) {
-    ids.push_back(*end);
-  }
-  tokenizer->encode_part(prompt, Tokenizer::TextEnd::kFinal, ids);
-  if (ids.empty()) {
-    throw std::invalid_argument(
-        "--prompt is empty, and this tokenizer has no token that starts a "
-        "document; give some text");
-  }
-  at::Generator generator =
-      at::make_generator<at::CPUGeneratorImpl>((*parsed)["seed"].as<uint64_t>());
-  const at::Tensor prompt_1T = at::tensor(ids, at::kInt).to(at::kLong).unsqueeze(0);
-  auto output = model->forward_last(prompt_1T, model->initial_state(1));
-  std::cout << prompt << std::flush;
-  for (int64_t i = 0; i < length; ++i) {
-    const int64_t token = sample_token(output.logits_BV[0], sampling, generator);
-    if (end && token == *end) {
-      break;
-    }
-    const auto id = static_cast<int32_t>(token);
-    std::cout << tokenizer->decode(std::span(&id, 1)) << std::flush;
-    output = model->forward_last(at::full({1, 1}, token, at::kLong), output.state);
-  }
+  bool begun = false;
+  generate_text(model,
+                *tokenizer,
+                {.prompt = prompt,
+                 .length = length,
+                 .sampling = sampling,
+                 .seed = (*parsed)["seed"].as<uint64_t>()},
+                [&](std::string_view text) {
+                  // Only now: a prompt that cannot be continued leaves no half result.
+                  std::cout << (begun ? "" : prompt) << text << std::flush;
+                  begun = true;
+                });
+  std::cout << (begun ? "" : prompt);
   std::cout << '\n';
   return 0;
 }

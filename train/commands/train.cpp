@@ -1,6 +1,10 @@
 #include <iostream>
+#include <stdexcept>
 
 #include "train/commands/commands.h"
+#include "train/run_main.h"
+#include "train/run_setup.h"
+#include "train/stop_signal.h"
 #include "train/trainer.h"
 
 namespace rwkv {
@@ -8,6 +12,17 @@ namespace {
 
 constexpr const char* kExample =
     "rookery train --config configs/smoke_rwkv4.toml --set train.total_steps=100";
+
+std::string replay(const RunConfig& config, int64_t step) {
+  if (step < 1) {
+    throw std::invalid_argument("--replay " + std::to_string(step) + ": steps count from 1");
+  }
+  Trainer trainer = Trainer::before_step(config, step);
+  while (trainer.state().step < step - 1) {
+    trainer.step();
+  }
+  return trainer.replay();
+}
 
 }  // namespace
 
@@ -20,6 +35,10 @@ int train_command(int argc, char** argv) {
   add("set",
       "section.key=value, over what the file says; may be given again",
       cxxopts::value<std::vector<std::string>>());
+  add("replay",
+      "do this step again, from the newest checkpoint before it, with a look at every op's result; "
+      "changes nothing",
+      cxxopts::value<int64_t>());
   add("print-config", "print the configuration with all that follows from it, and end");
   const auto parsed = parse_options(options, argc, argv, kExample, {"config"});
   if (!parsed) {
@@ -32,8 +51,13 @@ int train_command(int argc, char** argv) {
     std::cout << to_toml(resolve_run_config(config));
     return 0;
   }
-  Trainer(config).run();
-  return 0;
+  if (parsed->count("replay") > 0) {
+    std::cout << replay(config, (*parsed)["replay"].as<int64_t>());
+    return 0;
+  }
+  catch_stop_signals();
+  const RunEnd end = Trainer(config).run();
+  return end.signal == 0 ? 0 : kExitSignal + end.signal;
 }
 
 }  // namespace rwkv

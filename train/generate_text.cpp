@@ -1,0 +1,61 @@
+#include "train/generate_text.h"
+
+#include <stdexcept>
+#include <vector>
+
+#include <ATen/ATen.h>
+#include <ATen/CPUGeneratorImpl.h>
+
+namespace rwkv {
+namespace {
+
+void check_vocabulary(const Tokenizer& tokenizer, const ModelConfig& config) {
+  if (tokenizer.vocab_size() > config.vocab_size) {
+    throw std::invalid_argument("the tokenizer has " + std::to_string(tokenizer.vocab_size()) +
+                                " ids but the model's vocabulary is " +
+                                std::to_string(config.vocab_size) +
+                                "; was the model trained with another tokenizer?");
+  }
+}
+
+std::vector<int32_t> encode_prompt(const Tokenizer& tokenizer, const std::string& prompt) {
+  std::vector<int32_t> ids;
+  if (const auto end = tokenizer.end_of_document()) {
+    ids.push_back(*end);
+  }
+  tokenizer.encode_part(prompt, Tokenizer::TextEnd::kFinal, ids);
+  if (ids.empty()) {
+    throw std::invalid_argument(
+        "the prompt is empty, and this tokenizer has no token that starts a document; give some "
+        "text");
+  }
+  return ids;
+}
+
+}  // namespace
+
+void generate_text(RwkvModel model,
+                   const Tokenizer& tokenizer,
+                   const GenerateOptions& options,
+                   const std::function<void(std::string_view)>& add_text) {
+  const at::NoGradGuard no_grad;
+  check_vocabulary(tokenizer, model->config());
+  const std::vector<int32_t> ids = encode_prompt(tokenizer, options.prompt);
+  const auto end = tokenizer.end_of_document();
+  at::Generator generator = at::make_generator<at::CPUGeneratorImpl>(options.seed);
+  const at::Tensor prompt_1T = at::tensor(ids, at::kInt).to(at::kLong).unsqueeze(0);
+  auto output = model->forward_last(prompt_1T, model->initial_state(1));
+  for (int64_t i = 0; i < options.length; ++i) {
+    // A vocabulary padded beyond the tokenizer's has ids that stand for no text.
+    const at::Tensor logits_V = output.logits_BV[0].slice(0, 0, tokenizer.num_ids());
+    const int64_t token = sample_token(logits_V, options.sampling, generator);
+    if (end && token == *end) {
+      return;
+    }
+    const auto id = static_cast<int32_t>(token);
+    add_text(tokenizer.decode(std::span(&id, 1)));
+    output = model->forward_last(at::full({1, 1}, token, at::kLong), output.state);
+  }
+}
+
+}  // namespace rwkv

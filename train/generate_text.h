@@ -1,0 +1,31 @@
+// Text from a model in RNN mode: constant time and memory a token.
+#pragma once
+
+#include <cstdint>
+#include <functional>
+#include <string>
+#include <string_view>
+
+#include "data/tokenizer.h"
+#include "model/generate.h"
+#include "model/rwkv_model.h"
+
+namespace rwkv {
+
+struct GenerateOptions {
+  std::string prompt;  // to continue; empty starts a document
+  int64_t length = 100;
+  SamplingOptions sampling;
+  uint64_t seed = 1;
+};
+
+// Hands the bytes of one token after another to `add_text`, the prompt not among them, until
+// `length` tokens are drawn or the document ends. A text begins where another ended: where the
+// tokenizer has a token for that, it goes in front of the prompt. Throws std::invalid_argument if
+// the tokenizer has more ids than the model, or if there is nothing to begin with.
+void generate_text(RwkvModel model,
+                   const Tokenizer& tokenizer,
+                   const GenerateOptions& options,
+                   const std::function<void(std::string_view)>& add_text);
+
+}  // namespace rwkv

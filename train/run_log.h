@@ -1,0 +1,41 @@
+// What a run says while it runs: the log and the line on the terminal, metrics.jsonl,
+// samples.jsonl, starts.jsonl and TensorBoard's event files in the run's folder.
+#pragma once
+
+#include <cstdint>
+#include <memory>
+#include <optional>
+#include <string>
+
+#include "train/event_file.h"
+#include "train/metrics.h"
+#include "train/run_config.h"
+#include "train/terminal_line.h"
+
+namespace rwkv {
+
+class RunLog {
+ public:
+  // Opens the files for a run that goes on after `resumed_step` at `time`, seconds since 1970.
+  // Throws std::runtime_error naming the file that cannot be read or written.
+  RunLog(const RunConfig& config, int64_t resumed_step, double time);
+
+  // A line for this start of the run: `json` is an object in one line, with a "step".
+  void add_start(const std::string& json);
+  // A step that was only done, and one to be remembered. Throws std::runtime_error if a file cannot
+  // be written.
+  void show(const StepRecord& record);
+  void add(const StepRecord& record);
+  void add_sample(const StepRecord& record, const std::string& prompt, const std::string& text);
+  // A line of the log.
+  void say(const std::string& text);
+
+ private:
+  StepFile metrics_;
+  std::optional<StepFile> samples_;  // if asked for
+  StepFile starts_;
+  std::optional<EventWriter> events_;
+  TerminalLine line_;
+};
+
+}  // namespace rwkv

@@ -1,0 +1,197 @@
+#include "train/run_setup.h"
+
+#include <filesystem>
+#include <iomanip>
+#include <sstream>
+#include <stdexcept>
+
+#include <ATen/ATen.h>
+
+#include "data/atomic_file.h"
+#include "data/binidx.h"
+#include "data/tokenizer_registry.h"
+#include "model/formats/format_registry.h"
+#include "model/version_registry.h"
+#include "model/weights.h"
+#include "train/config_value.h"
+#include "train/run_folder.h"
+
+namespace rwkv {
+namespace {
+
+// Refuses a corpus made by a tokenizer other than the one the run names.
+void check_tokenizer(const BinidxFile& corpus,
+                     const std::string& spec,
+                     const std::string& identity) {
+  const auto& record = corpus.tokenizer_record();
+  if (record && record->identity != identity) {
+    throw std::invalid_argument("data.tokenizer = \"" + spec + "\" is " + identity + ", but " +
+                                corpus.prefix() + ".bin was made with " + record->identity +
+                                "; tokenize the text again or name the tokenizer it was made with");
+  }
+}
+
+void check_same_tokenizer(const BinidxFile& train, const BinidxFile& validation) {
+  const auto& x = train.tokenizer_record();
+  const auto& y = validation.tokenizer_record();
+  if (x && y && x->identity != y->identity) {
+    throw std::invalid_argument("data.validation = \"" + validation.prefix() + "\" was made with " +
+                                y->identity + ", but data.train = \"" + train.prefix() +
+                                "\" with " + x->identity + "; tokenize both with one tokenizer");
+  }
+}
+
+void resolve_vocab_size(ModelConfig& model, const BinidxFile& corpus) {
+  const auto& record = corpus.tokenizer_record();
+  if (model.vocab_size == 0 && !record) {
+    throw std::invalid_argument("model.vocab_size is not given, and " + corpus.prefix() +
+                                ".tokenizer.json, which would say it, is not there; give the "
+                                "vocabulary size of the tokenizer that made the corpus");
+  }
+  if (model.vocab_size == 0) {
+    model.vocab_size = record->vocab_size;
+  }
+  if (record && model.vocab_size < record->vocab_size) {
+    throw std::invalid_argument("model.vocab_size = " + std::to_string(model.vocab_size) + ": " +
+                                corpus.prefix() + ".bin was made by a tokenizer of " +
+                                std::to_string(record->vocab_size) + " ids; use that or more");
+  }
+}
+
+// A size that a configuration may leave out, and must not contradict.
+void confirm(const char* key, int64_t& given, int64_t told, const std::string& by) {
+  if (given != 0 && given != told) {
+    reject_value(key,
+                 to_config_text(given),
+                 "but " + by + " has " + to_config_text(told) + "; leave the key out");
+  }
+  given = told;
+}
+
+// Version and sizes as the weights that the run begins with, or goes on from, have them.
+void confirm_sizes(RunConfig& config, const ModelConfig& told, const std::string& by) {
+  ModelConfig& model = config.model;
+  if (!model.version.empty() && model.version != told.version) {
+    reject_value("model.version",
+                 to_config_text(std::string_view(model.version)),
+                 "but " + by + " is " + told.version + "; leave the key out");
+  }
+  model.version = told.version;
+  confirm("model.n_layer", model.n_layer, told.n_layer, by);
+  confirm("model.n_embd", model.n_embd, told.n_embd, by);
+  confirm("model.dim_att", model.dim_att, told.dim_att, by);
+  confirm("model.dim_ffn", model.dim_ffn, told.dim_ffn, by);
+  confirm("model.head_size", model.head_size, told.head_size, by);
+  if (model.vocab_size > told.vocab_size && config.init.vocab_growth == VocabGrowth::kRefuse) {
+    reject_value("model.vocab_size",
+                 to_config_text(model.vocab_size),
+                 "but " + by + " has " + to_config_text(told.vocab_size) +
+                     " rows; leave the key out, or give init.vocab_growth = \"mean\" or \"zero\" "
+                     "to say what new rows begin with");
+  }
+  if (model.vocab_size < told.vocab_size) {
+    confirm("model.vocab_size", model.vocab_size, told.vocab_size, by);
+  }
+}
+
+void resolve_sizes(RunConfig& config) {
+  if (!config.init.from) {
+    return;
+  }
+  // Once there is a checkpoint the file that the run began with is not needed, and may be gone.
+  if (const auto checkpoint = newest_checkpoint(config.train.run_dir)) {
+    const std::string path = (std::filesystem::path(*checkpoint) / "config.toml").string();
+    confirm_sizes(config, parse_kept_config(read_text_file(path), path).model, *checkpoint);
+  } else {
+    const std::string path = find_model(*config.init.from);
+    confirm_sizes(config, config_of(read_weights(path)), path);
+  }
+}
+
+LoadRules rules_of(const InitConfig& init) {
+  const auto new_rows = init.vocab_growth == VocabGrowth::kMean   ? LoadRules::NewRows::kMean
+                        : init.vocab_growth == VocabGrowth::kZero ? LoadRules::NewRows::kZero
+                                                                  : LoadRules::NewRows::kRefused;
+  return {.may_be_missing = init.allow_missing,
+          .may_be_unexpected = init.allow_unexpected,
+          .new_rows = new_rows};
+}
+
+}  // namespace
+
+RunConfig resolve_run_config(RunConfig config) {
+  config.validate();
+  resolve_sizes(config);
+  const BinidxFile corpus(config.data.train);
+  resolve_vocab_size(config.model, corpus);
+  if (config.data.tokenizer) {
+    const std::string identity = open_tokenizer(*config.data.tokenizer)->identity();
+    check_tokenizer(corpus, *config.data.tokenizer, identity);
+  }
+  if (config.data.validation) {
+    check_same_tokenizer(corpus, BinidxFile(*config.data.validation));
+  }
+  find_version(config.model.version).resolve(config.model);
+  config.model.validate();
+  return config;
+}
+
+void set_initial_weights(RwkvModel& model, const RunConfig& config) {
+  model->initialise(static_cast<uint64_t>(config.train.seed), config.schedule.lr_init);
+  if (config.init.from) {
+    load_weights(model, read_weights(find_model(*config.init.from)), rules_of(config.init));
+  }
+}
+
+void freeze_parameters(RwkvModel& model, const std::vector<std::string>& patterns) {
+  for (const std::string& pattern : patterns) {
+    bool matched = false;
+    for (auto& item : model->named_parameters()) {
+      if (matches_any({pattern}, item.key())) {
+        item.value().set_requires_grad(false);
+        matched = true;
+      }
+    }
+    if (!matched) {
+      throw std::invalid_argument("optimizer.freeze: no tensor of the model matches \"" + pattern +
+                                  "\"; they are named as in parameters.txt of a run, such as "
+                                  "blocks.0.att.key.weight");
+    }
+  }
+  if (count_trained(model) == 0) {
+    throw std::invalid_argument("optimizer.freeze leaves no tensor to train; freeze fewer");
+  }
+}
+
+int64_t count_trained(RwkvModel model) {
+  int64_t count = 0;
+  for (const at::Tensor& parameter : model->parameters()) {
+    count += parameter.requires_grad() ? parameter.numel() : 0;
+  }
+  return count;
+}
+
+std::string describe_parameters(RwkvModel model, const OptimizerConfig& config) {
+  std::ostringstream text;
+  text << std::left << std::setw(32) << "tensor" << std::right << std::setw(20) << "shape"
+       << std::setw(14) << "parameters"
+       << "  training\n";
+  for (const auto& item : model->named_parameters()) {
+    const at::Tensor& parameter = item.value();
+    const ParameterTraits traits = model->traits(item.key(), parameter.sizes());
+    std::ostringstream shape;
+    shape << parameter.sizes();
+    text << std::left << std::setw(32) << item.key() << std::right << std::setw(20) << shape.str()
+         << std::setw(14) << parameter.numel() << "  ";
+    if (!parameter.requires_grad()) {
+      text << "frozen\n";
+      continue;
+    }
+    text << "rate x " << (config.layerwise_lr ? traits.lr_scale : 1.0)
+         << (traits.weight_decay && config.weight_decay > 0 ? ", decay" : "") << '\n';
+  }
+  text << count_trained(model) << " of " << model->num_parameters() << " parameters are trained\n";
+  return text.str();
+}
+
+}  // namespace rwkv

@@ -1,0 +1,43 @@
+#include "train/terminal_line.h"
+
+#include <sys/ioctl.h>
+#include <unistd.h>
+
+namespace rwkv {
+namespace {
+
+constexpr const char* kEraseLine = "\r\x1b[2K";
+
+size_t width_of(int file) {
+  winsize size = {};
+  return ioctl(file, TIOCGWINSZ, &size) == 0 && size.ws_col > 0 ? size.ws_col : 80;
+}
+
+}  // namespace
+
+TerminalLine::TerminalLine(int file) : file_(file), is_terminal_(isatty(file) == 1) {}
+
+void TerminalLine::draw(const std::string& text) {
+  if (!is_terminal_) {
+    return;
+  }
+  // In the last column a terminal may already go to the next line.
+  write(kEraseLine + text.substr(0, width_of(file_) - 1));
+  drawn_ = true;
+}
+
+void TerminalLine::clear() {
+  if (drawn_) {
+    write(kEraseLine);
+    drawn_ = false;
+  }
+}
+
+void TerminalLine::write(const std::string& text) const {
+  // A terminal that is gone is no reason to stop training.
+  if (::write(file_, text.data(), text.size()) < 0) {
+    return;
+  }
+}
+
+}  // namespace rwkv
