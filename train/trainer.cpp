@@ -47,6 +47,17 @@ void check_same_tokenizer(const BinidxFile& train, const BinidxFile& validation)
   }
 }
 
+// The corpus knows best; a foreign one is taken to be what the configuration says it is.
+std::optional<std::string> tokenizer_identity(const DataConfig& data, const BinidxFile& corpus) {
+  if (corpus.tokenizer_record()) {
+    return corpus.tokenizer_record()->identity;
+  }
+  if (data.tokenizer) {
+    return open_tokenizer(*data.tokenizer)->identity();
+  }
+  return std::nullopt;
+}
+
 void resolve_vocab_size(ModelConfig& model, const BinidxFile& corpus) {
   const auto& record = corpus.tokenizer_record();
   if (model.vocab_size == 0 && !record) {
@@ -104,6 +115,7 @@ RunConfig resolve_run_config(RunConfig config) {
 Trainer::Trainer(const RunConfig& config)
     : config_(resolve_run_config(config)),
       train_corpus_(config_.data.train),
+      tokenizer_identity_(tokenizer_identity(config_.data, train_corpus_)),
       order_(make_order(config_, train_corpus_)),
       total_steps_(config_.total_steps(order_.samples_per_epoch())),
       model_(config_.model) {
@@ -212,6 +224,7 @@ double Trainer::validate() {
 void Trainer::save() {
   const std::string path = save_checkpoint(config_.train.run_dir,
                                            config_,
+                                           tokenizer_identity_,
                                            *optimizer_,
                                            state_,
                                            {.newest = config_.train.keep_checkpoints});

@@ -4,6 +4,7 @@
 #include <cstdint>
 #include <memory>
 #include <optional>
+#include <string>
 
 #include "data/batch_loader.h"
 #include "data/binidx.h"
@@ -57,6 +58,7 @@ class Trainer {
   RunConfig config_;
   BinidxFile train_corpus_;
   std::optional<BinidxFile> validation_corpus_;
+  std::optional<std::string> tokenizer_identity_;  // of what made the corpus, if it is known
   SampleOrder order_;
   int64_t total_steps_;
   RwkvModel model_;
