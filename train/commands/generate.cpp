@@ -1,15 +1,18 @@
 #include "model/generate.h"
 
 #include <iostream>
+#include <limits>
+#include <optional>
+#include <vector>
 
 #include <ATen/ATen.h>
 #include <ATen/CPUGeneratorImpl.h>
 
-#include "data/tokenizer_registry.h"
 #include "model/formats/format_registry.h"
 #include "model/weights.h"
-#include "train/checkpoint.h"
 #include "train/commands/commands.h"
+#include "train/model_tokenizer.h"
+#include "train/run_folder.h"
 
 namespace rwkv {
 namespace {
@@ -17,28 +20,13 @@ namespace {
 constexpr const char* kExample =
     "rookery generate --model runs/mine --prompt \"In the beginning\" --length 100";
 
-// The tokenizer named, or the one the model's run was configured with.
-std::string tokenizer_spec(const cxxopts::ParseResult& parsed, const std::string& model_path) {
-  if (parsed.count("tokenizer") > 0) {
-    return parsed["tokenizer"].as<std::string>();
+// Ids that stand for no text are never drawn; but the one that ends the document may be.
+at::Tensor ids_never_drawn(const Tokenizer& tokenizer, int64_t vocab_size) {
+  std::vector<int64_t> ids = ids_without_token(tokenizer, vocab_size);
+  if (const auto end = tokenizer.end_of_document()) {
+    std::erase(ids, *end);
   }
-  const auto config = config_in(read_weights(model_path));
-  if (!config || !config->data.tokenizer) {
-    throw std::invalid_argument(model_path +
-                                " does not say which tokenizer it was trained with; "
-                                "give --tokenizer, one of\n" +
-                                describe_tokenizer_specs());
-  }
-  return *config->data.tokenizer;
-}
-
-void check_vocabulary(const Tokenizer& tokenizer, const ModelConfig& config) {
-  if (tokenizer.vocab_size() > config.vocab_size) {
-    throw std::invalid_argument("the tokenizer has " + std::to_string(tokenizer.vocab_size()) +
-                                " ids but the model's vocabulary is " +
-                                std::to_string(config.vocab_size) +
-                                "; was the model trained with another tokenizer?");
-  }
+  return at::tensor(ids, at::kLong);
 }
 
 }  // namespace
@@ -78,10 +66,13 @@ int generate_command(int argc, char** argv) {
   }
   const ComputeDtype dtype = parse_dtype((*parsed)["dtype"].as<std::string>());
   const std::string path = find_model((*parsed)["model"].as<std::string>());
-  const auto tokenizer = open_tokenizer(tokenizer_spec(*parsed, path));
+  const auto spec = parsed->count("tokenizer") > 0
+                        ? std::optional((*parsed)["tokenizer"].as<std::string>())
+                        : std::nullopt;
+  const auto tokenizer = open_tokenizer_of(read_weights(path), spec);
   const at::NoGradGuard no_grad;
   RwkvModel model = open_model(path, dtype == ComputeDtype::kBf16 ? at::kBFloat16 : at::kFloat);
-  check_vocabulary(*tokenizer, model->config());
+  require_vocabulary_for(*tokenizer, model->config().vocab_size);
 
   const std::string prompt = (*parsed)["prompt"].as<std::string>();
   const auto end = tokenizer->end_of_document();
@@ -102,8 +93,11 @@ int generate_command(int argc, char** argv) {
   const at::Tensor prompt_1T = at::tensor(ids, at::kInt).to(at::kLong).unsqueeze(0);
   auto output = model->forward_last(prompt_1T, model->initial_state(1));
   std::cout << prompt << std::flush;
+  const at::Tensor never = ids_never_drawn(*tokenizer, model->config().vocab_size);
   for (int64_t i = 0; i < length; ++i) {
-    const int64_t token = sample_token(output.logits_BV[0], sampling, generator);
+    const at::Tensor logits_V =
+        output.logits_BV[0].index_fill(0, never, -std::numeric_limits<double>::infinity());
+    const int64_t token = sample_token(logits_V, sampling, generator);
     if (end && token == *end) {
       break;
     }
