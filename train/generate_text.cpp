@@ -1,21 +1,24 @@
 #include "train/generate_text.h"
 
+#include <limits>
 #include <stdexcept>
 #include <vector>
 
 #include <ATen/ATen.h>
 #include <ATen/CPUGeneratorImpl.h>
 
+#include "train/model_tokenizer.h"
+
 namespace rwkv {
 namespace {
 
-void check_vocabulary(const Tokenizer& tokenizer, const ModelConfig& config) {
-  if (tokenizer.vocab_size() > config.vocab_size) {
-    throw std::invalid_argument("the tokenizer has " + std::to_string(tokenizer.vocab_size()) +
-                                " ids but the model's vocabulary is " +
-                                std::to_string(config.vocab_size) +
-                                "; was the model trained with another tokenizer?");
+// Ids that stand for no text are never drawn; but the one that ends the document may be.
+at::Tensor ids_never_drawn(const Tokenizer& tokenizer, int64_t vocab_size) {
+  std::vector<int64_t> ids = ids_without_token(tokenizer, vocab_size);
+  if (const auto end = tokenizer.end_of_document()) {
+    std::erase(ids, *end);
   }
+  return at::tensor(ids, at::kLong);
 }
 
 std::vector<int32_t> encode_prompt(const Tokenizer& tokenizer, const std::string& prompt) {
@@ -39,15 +42,16 @@ void generate_text(RwkvModel model,
                    const GenerateOptions& options,
                    const std::function<void(std::string_view)>& add_text) {
   const at::NoGradGuard no_grad;
-  check_vocabulary(tokenizer, model->config());
+  require_vocabulary_for(tokenizer, model->config().vocab_size);
   const std::vector<int32_t> ids = encode_prompt(tokenizer, options.prompt);
   const auto end = tokenizer.end_of_document();
   at::Generator generator = at::make_generator<at::CPUGeneratorImpl>(options.seed);
   const at::Tensor prompt_1T = at::tensor(ids, at::kInt).to(at::kLong).unsqueeze(0);
   auto output = model->forward_last(prompt_1T, model->initial_state(1));
+  const at::Tensor never = ids_never_drawn(tokenizer, model->config().vocab_size);
   for (int64_t i = 0; i < options.length; ++i) {
-    // A vocabulary padded beyond the tokenizer's has ids that stand for no text.
-    const at::Tensor logits_V = output.logits_BV[0].slice(0, 0, tokenizer.num_ids());
+    const at::Tensor logits_V =
+        output.logits_BV[0].index_fill(0, never, -std::numeric_limits<double>::infinity());
     const int64_t token = sample_token(logits_V, options.sampling, generator);
     if (end && token == *end) {
       return;

@@ -155,6 +155,10 @@ std::optional<int64_t> available_memory_bytes(const std::string& root) {
   return kib_of(text_of(root + "/proc/meminfo"), "MemAvailable");
 }
 
+int64_t resident_bytes() {
+  return kib_of(text_of("/proc/self/status"), "VmRSS").value_or(0);
+}
+
 int64_t peak_resident_bytes() {
   // Not getrusage's: that starts at what the process had that started this one.
   return kib_of(text_of("/proc/self/status"), "VmHWM").value_or(0);

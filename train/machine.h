@@ -31,8 +31,9 @@ Machine describe_machine(const std::string& root = "");
 // system does not say.
 std::optional<int64_t> available_memory_bytes(const std::string& root = "");
 
-// The most memory that this process has had resident so far, in bytes; 0 if the system does not
-// say.
+// Memory of this process that is resident now, and the most that has been so far, in bytes; 0 if
+// the system does not say.
+int64_t resident_bytes();
 int64_t peak_resident_bytes();
 
 // Bytes that this user can still write where `path` is or, if it is not there yet, in the nearest

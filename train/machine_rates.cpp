@@ -2,27 +2,50 @@
 
 #include <algorithm>
 #include <chrono>
+#include <functional>
 #include <limits>
 
 #include <ATen/ATen.h>
 
 namespace rwkv {
+namespace {
 
-double matmul_flops_per_s(at::ScalarType dtype) {
-  constexpr int64_t kSize = 1024;
-  constexpr int kTries = 10;
+// Well beyond the last-level cache.
+constexpr int64_t kStreamFloats = int64_t{1} << 26;
+
+// The best of a few tries: what disturbs one makes it slower, never faster.
+double best_seconds(int tries, const std::function<void()>& work) {
   const at::NoGradGuard no_grad;
-  const at::Tensor x = at::randn({kSize, kSize}).to(dtype);
-  const at::Tensor weight = at::randn({kSize, kSize}).to(dtype);
-  at::Tensor y = at::empty({kSize, kSize}, dtype);
+  work();
   double best_s = std::numeric_limits<double>::infinity();
-  for (int i = 0; i < kTries; ++i) {
+  for (int i = 0; i < tries; ++i) {
     const auto begin = std::chrono::steady_clock::now();
-    at::mm_out(y, x, weight.t());
+    work();
     const std::chrono::duration<double> took = std::chrono::steady_clock::now() - begin;
     best_s = std::min(best_s, took.count());
   }
-  return 2.0 * kSize * kSize * kSize / best_s;
+  return best_s;
+}
+
+}  // namespace
+
+double matmul_flops_per_s(at::ScalarType dtype) {
+  constexpr int64_t kSize = 1024;
+  const at::Tensor x = at::randn({kSize, kSize}).to(dtype);
+  const at::Tensor weight = at::randn({kSize, kSize}).to(dtype);
+  at::Tensor y = at::empty({kSize, kSize}, dtype);
+  return 2.0 * kSize * kSize * kSize / best_seconds(12, [&] { at::mm_out(y, x, weight.t()); });
+}
+
+double copy_bytes_per_s() {
+  const at::Tensor from = at::ones({kStreamFloats});
+  at::Tensor to = at::zeros({kStreamFloats});
+  return 2.0 * sizeof(float) * kStreamFloats / best_seconds(7, [&] { to.copy_(from); });
+}
+
+double read_bytes_per_s() {
+  const at::Tensor from = at::ones({kStreamFloats});
+  return 1.0 * sizeof(float) * kStreamFloats / best_seconds(7, [&] { from.sum(); });
 }
 
 }  // namespace rwkv

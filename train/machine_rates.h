@@ -9,4 +9,9 @@ namespace rwkv {
 // multiplications. Takes about 0.1 s.
 double matmul_flops_per_s(at::ScalarType dtype);
 
+// Bytes read and written a second by a copy of fp32 numbers larger than the caches.
+double copy_bytes_per_s();
+// Bytes a second that a sum over them reads.
+double read_bytes_per_s();
+
 }  // namespace rwkv

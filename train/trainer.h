@@ -86,7 +86,8 @@ class Trainer {
   std::optional<RunLock> lock_;
   BinidxFile train_corpus_;
   std::optional<BinidxFile> validation_corpus_;
-  std::unique_ptr<Tokenizer> tokenizer_;  // of samples
+  std::optional<std::string> tokenizer_identity_;  // of the corpora, if it is known
+  std::unique_ptr<Tokenizer> tokenizer_;           // of samples
   SampleOrder order_;
   std::optional<int64_t> total_steps_;
   RwkvModel model_;
