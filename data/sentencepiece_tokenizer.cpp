@@ -17,6 +17,9 @@ namespace {
 
 using PieceType = SentencepieceModel::PieceType;
 
+// A model of 256,000 pieces has 4 MB.
+constexpr uint64_t kMaxFileBytes = 64 << 20;
+
 // The byte of a byte token such as <0x0A>.
 unsigned char byte_of_piece(const std::string& path, const std::string& text) {
   unsigned byte = 0;
@@ -138,7 +141,7 @@ size_t SentencepieceTokenizer::Impl::encode_lines(std::string_view text,
 }
 
 SentencepieceTokenizer::SentencepieceTokenizer(const std::string& model_path)
-    : impl_(std::make_unique<const Impl>(model_path, read_text_file(model_path))) {}
+    : impl_(std::make_unique<const Impl>(model_path, read_text_file(model_path, kMaxFileBytes))) {}
 
 SentencepieceTokenizer::~SentencepieceTokenizer() = default;
 
