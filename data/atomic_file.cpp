@@ -11,6 +11,7 @@
 #include <unistd.h>
 
 #include "data/mapped_file.h"
+#include "data/number_text.h"
 
 namespace rwkv {
 namespace {
@@ -86,8 +87,13 @@ void AtomicFile::commit() {
   sync_folder(folder.empty() ? "." : folder);
 }
 
-std::string read_text_file(const std::string& path) {
+std::string read_text_file(const std::string& path, uint64_t max_bytes) {
   const MappedFile file(path);
+  if (file.bytes().size() > max_bytes) {
+    throw std::runtime_error(path + ": has " + grouped(file.bytes().size()) +
+                             " bytes, expected at most " + grouped(max_bytes) +
+                             "; is it the right file?");
+  }
   return {reinterpret_cast<const char*>(file.bytes().data()), file.bytes().size()};
 }
 

@@ -3,6 +3,7 @@
 
 #include <cstddef>
 #include <cstdint>
+#include <limits>
 #include <span>
 #include <string>
 #include <string_view>
@@ -38,8 +39,9 @@ class AtomicFile {
 };
 
 // Reads a whole small file (a vocabulary, a configuration). Throws std::runtime_error with path and
-// reason.
-std::string read_text_file(const std::string& path);
+// reason, also for one of more than `max_bytes`: by mistake somebody may name a file of any size.
+std::string read_text_file(const std::string& path,
+                           uint64_t max_bytes = std::numeric_limits<uint64_t>::max());
 // Makes a rename inside `folder` survive a power cut. Throws std::runtime_error.
 void sync_folder(const std::string& folder);
 

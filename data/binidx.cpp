@@ -10,6 +10,7 @@
 #include <nlohmann/json.hpp>
 #include <unistd.h>
 
+#include "data/json_text.h"
 #include "data/number_text.h"
 
 namespace rwkv {
@@ -20,6 +21,7 @@ static_assert(std::endian::native == std::endian::little, "the files are little-
 constexpr char kMagic[9] = {'M', 'M', 'I', 'D', 'I', 'D', 'X', '\0', '\0'};
 constexpr char kOldMagic[8] = {'T', 'N', 'T', 'I', 'D', 'X', '\0', '\0'};
 constexpr size_t kHeaderBytes = 34;
+constexpr uint64_t kMaxRecordBytes = 1 << 20;
 
 template <typename T>
 T load(std::span<const std::byte> bytes, size_t offset) {
@@ -68,10 +70,11 @@ void widen(std::span<const std::byte> bytes, int64_t begin, std::span<int64_t> o
   }
 }
 
+constexpr const char* kRecordAdvice =
+    "tokenize the text again, or remove the file to use the corpus without it";
+
 [[noreturn]] void fail_record(const std::string& path, const std::string& what) {
-  throw std::runtime_error(path + ": " + what +
-                           "; tokenize the text again, or remove the file to use the corpus "
-                           "without it");
+  throw std::runtime_error(path + ": " + what + "; " + kRecordAdvice);
 }
 
 // Takes `key` out of `json`, which must have it with an integer in [low, high].
@@ -87,7 +90,7 @@ int64_t take_integer(
                     (!found->is_number_unsigned() || found->get<uint64_t>() >> 63 == 0);
   if (!fits || found->get<int64_t>() < low || found->get<int64_t>() > high) {
     fail_record(path,
-                quoted + " is " + found->dump() + ", expected an integer from " +
+                quoted + " is " + shown_json(*found) + ", expected an integer from " +
                     std::to_string(low) + " to " + std::to_string(high));
   }
   const auto value = found->get<int64_t>();
@@ -97,12 +100,7 @@ int64_t take_integer(
 
 TokenizerRecord read_record(const std::string& path, int64_t num_tokens) {
   constexpr int64_t kMost = std::numeric_limits<int64_t>::max();
-  nlohmann::json json;
-  try {
-    json = nlohmann::json::parse(read_text_file(path));
-  } catch (const nlohmann::json::exception& error) {
-    fail_record(path, std::string("is not JSON: ") + error.what());
-  }
+  nlohmann::json json = parse_json(read_text_file(path, kMaxRecordBytes), path, kRecordAdvice);
   if (!json.is_object()) {
     fail_record(path, std::string("is JSON of type ") + json.type_name() + ", expected an object");
   }
@@ -124,7 +122,7 @@ TokenizerRecord read_record(const std::string& path, int64_t num_tokens) {
   record.text_bytes = take_integer(json, path, "text_bytes", 0, kMost);
   const int64_t recorded_tokens = take_integer(json, path, "num_tokens", 0, kMost);
   if (!json.empty()) {
-    fail_record(path, "has a key that is not known: \"" + json.begin().key() + "\"");
+    fail_record(path, "has a key that is not known: " + shown_json(json.begin().key()));
   }
   if (recorded_tokens != num_tokens) {
     fail_record(path,

@@ -7,6 +7,7 @@
 
 #include <nlohmann/json.hpp>
 
+#include "data/json_text.h"
 #include "data/utf8.h"
 
 namespace rwkv {
@@ -48,13 +49,8 @@ class ByteAlphabet {
 
 class Parser {
  public:
-  Parser(const std::string& path, std::string_view content) : path_(path) {
-    try {
-      root_ = Json::parse(content);
-    } catch (const Json::exception& error) {
-      fail(std::string("is not JSON (") + error.what() + "); expected a tokenizers file");
-    }
-  }
+  Parser(const std::string& path, std::string_view content)
+      : path_(path), root_(parse_json(content, path, "expected a tokenizers file")) {}
 
   BpeFile parse() {
     check_pipeline();
@@ -70,16 +66,11 @@ class Parser {
     throw std::runtime_error(path_ + ": " + what);
   }
 
-  static std::string shown(const Json& value) {
-    const std::string text = value.dump(-1, ' ', false, Json::error_handler_t::replace);
-    return text.size() <= 80 ? text : text.substr(0, 80) + "...";
-  }
-
   // The value of a key, null if it is absent.
   const Json& get(const Json& object, const char* key, const std::string& where) const {
     static const Json null;
     if (!object.is_object()) {
-      fail(where + " is " + shown(object) + ", expected an object");
+      fail(where + " is " + shown_json(object) + ", expected an object");
     }
     const auto found = object.find(key);
     return found == object.end() ? null : *found;
@@ -91,7 +82,7 @@ class Parser {
     const bool is_off = value.is_null() && (expected.is_null() || expected == Json(false));
     const bool empty_string = expected.is_null() && value == Json("");
     if (value != expected && !is_off && !empty_string) {
-      fail(where + "." + key + " is " + shown(value) + ", expected " + shown(expected) +
+      fail(where + "." + key + " is " + shown_json(value) + ", expected " + shown_json(expected) +
            "; only byte-level BPE as in 20B_tokenizer.json is supported");
     }
   }
@@ -124,7 +115,7 @@ class Parser {
 
   int32_t id_of(const Json& value, const std::string& what) const {
     if (!value.is_number_integer() || value.get<int64_t>() < 0 || value.get<int64_t>() > kMaxId) {
-      fail("the id of " + what + " is " + shown(value) + ", expected a whole number 0 .. " +
+      fail("the id of " + what + " is " + shown_json(value) + ", expected a whole number 0 .. " +
            std::to_string(kMaxId));
     }
     return value.get<int32_t>();
@@ -145,11 +136,11 @@ class Parser {
   void read_vocabulary() {
     const Json& vocabulary = get(root_["model"], "vocab", "model");
     if (!vocabulary.is_object() || vocabulary.empty()) {
-      fail("model.vocab is " + shown(vocabulary) + ", expected an object of tokens and ids");
+      fail("model.vocab is " + shown_json(vocabulary) + ", expected an object of tokens and ids");
     }
     const ByteAlphabet alphabet;
     for (const auto& [name, value] : vocabulary.items()) {
-      const std::string what = "model.vocab token " + shown(Json(name));
+      const std::string what = "model.vocab token " + shown_json(Json(name));
       const int32_t id = id_of(value, what);
       const std::optional<std::string> bytes = alphabet.bytes_of(name);
       if (name.empty() || !bytes) {
@@ -163,7 +154,7 @@ class Parser {
   int32_t merged_id(const std::string& name, size_t rank) const {
     const auto found = ids_.find(name);
     if (found == ids_.end()) {
-      fail("model.merges[" + std::to_string(rank) + "] needs the token " + shown(Json(name)) +
+      fail("model.merges[" + std::to_string(rank) + "] needs the token " + shown_json(Json(name)) +
            ", which model.vocab does not have");
     }
     return found->second;
@@ -173,7 +164,7 @@ class Parser {
   void read_merges() {
     const Json& merges = get(root_["model"], "merges", "model");
     if (!merges.is_array()) {
-      fail("model.merges is " + shown(merges) + ", expected a list");
+      fail("model.merges is " + shown_json(merges) + ", expected a list");
     }
     for (const Json& merge : merges) {
       const size_t rank = file_.merges.size();
@@ -190,7 +181,7 @@ class Parser {
         right = merge[1].get<std::string>();
       }
       if (left.empty() || right.empty()) {
-        fail("model.merges[" + std::to_string(rank) + "] is " + shown(merge) +
+        fail("model.merges[" + std::to_string(rank) + "] is " + shown_json(merge) +
              ", expected \"LEFT RIGHT\"");
       }
       const int32_t left_id = merged_id(left, rank);
@@ -202,17 +193,17 @@ class Parser {
   void read_added_tokens() {
     const Json& added = get(root_, "added_tokens", "the file");
     if (!added.is_array()) {
-      fail("added_tokens is " + shown(added) + ", expected a list");
+      fail("added_tokens is " + shown_json(added) + ", expected a list");
     }
     for (const Json& entry : added) {
       const std::string where = "added_tokens[" + std::to_string(file_.added_tokens.size()) + "]";
       const Json& content = get(entry, "content", where);
       const Json& normalized = get(entry, "normalized", where);
       if (!content.is_string() || content.get_ref<const std::string&>().empty()) {
-        fail(where + ".content is " + shown(content) + ", expected a text");
+        fail(where + ".content is " + shown_json(content) + ", expected a text");
       }
       if (!normalized.is_boolean()) {
-        fail(where + ".normalized is " + shown(normalized) + ", expected true or false");
+        fail(where + ".normalized is " + shown_json(normalized) + ", expected true or false");
       }
       for (const char* key : {"single_word", "lstrip", "rstrip"}) {
         expect(entry, where, key, false);
@@ -221,7 +212,7 @@ class Parser {
       const std::string text = content.get<std::string>();
       for (const BpeFile::AddedToken& other : file_.added_tokens) {
         if (other.content == text) {
-          fail(where + " is " + shown(content) + ", which is in the list already");
+          fail(where + " is " + shown_json(content) + ", which is in the list already");
         }
       }
       // The special ones are in model.vocab as well.
@@ -229,7 +220,7 @@ class Parser {
       if (in_vocabulary == ids_.end()) {
         set_token(id, text, where);
       } else if (in_vocabulary->second != id) {
-        fail(where + " is " + shown(content) + " with the id " + std::to_string(id) +
+        fail(where + " is " + shown_json(content) + " with the id " + std::to_string(id) +
              ", but model.vocab gives it " + std::to_string(in_vocabulary->second));
       }
       file_.tokens[static_cast<size_t>(id)] = text;

@@ -18,6 +18,9 @@
 namespace rwkv {
 namespace {
 
+// 20B_tokenizer.json has 2.5 MB, the largest of its kind 12 MB; its JSON takes up to 30 times that.
+constexpr uint64_t kMaxFileBytes = 32 << 20;
+
 // GPT-2's rule. White space is written out, for PCRE2's \s also takes U+180E, which Unicode 6.3
 // removed from White_Space. Some alternative matches at every character.
 constexpr const char* kSplitPattern =
@@ -252,7 +255,7 @@ size_t BpeTokenizer::Impl::safe_cut(std::string_view text) const {
 }
 
 BpeTokenizer::BpeTokenizer(const std::string& json_path)
-    : impl_(std::make_unique<const Impl>(json_path, read_text_file(json_path))) {}
+    : impl_(std::make_unique<const Impl>(json_path, read_text_file(json_path, kMaxFileBytes))) {}
 
 BpeTokenizer::~BpeTokenizer() = default;
 

@@ -1,15 +1,18 @@
 #include "data/byte_source.h"
 
 #include <algorithm>
+#include <bit>
 #include <cerrno>
 #include <cstring>
 #include <stdexcept>
 #include <vector>
 
 #include <fcntl.h>
+#include <sys/stat.h>
 #include <unistd.h>
 #include <zlib.h>
 #include <zstd.h>
+#include <zstd_errors.h>
 
 #include "data/number_text.h"
 
@@ -17,6 +20,12 @@ namespace rwkv {
 namespace {
 
 constexpr size_t kInputBytes = size_t{1} << 18;
+// Powers of two. The first is what `zstd -d` takes without being asked, the second the format's
+// end.
+constexpr int kFreeWindowLog = 27;
+constexpr int kMaxWindowLog = 31;
+// Text seldom becomes smaller than this part by compression.
+constexpr uint64_t kMostRatio = 16;
 
 class PlainSource : public ByteSource {
  public:
@@ -50,6 +59,10 @@ class PlainSource : public ByteSource {
     return done;
   }
   uint64_t bytes_read() const override { return bytes_read_; }
+  uint64_t file_bytes() const {
+    struct stat status {};
+    return ::fstat(fd_, &status) == 0 ? static_cast<uint64_t>(status.st_size) : 0;
+  }
   const std::string& path() const { return path_; }
 
  private:
@@ -95,6 +108,7 @@ class CompressedSource : public ByteSource {
   // returns the number of bytes written.
   virtual size_t decode(std::span<char> out) = 0;
 
+  uint64_t file_bytes() const { return file_.file_bytes(); }
   std::span<char> input() { return std::span(input_).subspan(begin_, end_ - begin_); }
   void take(size_t bytes) { begin_ += bytes; }
   [[noreturn]] void fail(const std::string& reason) const {
@@ -153,8 +167,12 @@ class ZstdSource : public CompressedSource {
  public:
   explicit ZstdSource(const std::string& path)
       : CompressedSource(path), stream_(::ZSTD_createDStream(), &::ZSTD_freeDStream) {
-    if (stream_ == nullptr ||
-        ::ZSTD_isError(::ZSTD_DCtx_setParameter(stream_.get(), ZSTD_d_windowLogMax, 31)) != 0) {
+    const int window_log =
+        std::clamp(static_cast<int>(std::bit_width(file_bytes() * kMostRatio)) - 1,
+                   kFreeWindowLog,
+                   kMaxWindowLog);
+    if (stream_ == nullptr || ::ZSTD_isError(::ZSTD_DCtx_setParameter(
+                                  stream_.get(), ZSTD_d_windowLogMax, window_log)) != 0) {
       throw std::runtime_error(path + ": zstd cannot be started");
     }
   }
@@ -165,6 +183,10 @@ class ZstdSource : public CompressedSource {
     ZSTD_inBuffer from{in.data(), in.size(), 0};
     ZSTD_outBuffer to{out.data(), out.size(), 0};
     const size_t result = ::ZSTD_decompressStream(stream_.get(), &to, &from);
+    if (::ZSTD_getErrorCode(result) == ZSTD_error_frameParameter_windowTooLarge) {
+      fail("the zstd stream wants a window far larger than a file of " + grouped(file_bytes()) +
+           " bytes can use; compress it again without --long");
+    }
     if (::ZSTD_isError(result) != 0) {
       fail(std::string("the zstd stream is corrupt: ") + ::ZSTD_getErrorName(result));
     }

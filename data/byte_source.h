@@ -24,8 +24,10 @@ class ByteSource {
 };
 
 // gzip members and zstd frames may follow one another; the bytes of all are given. An empty file is
-// no gzip or zstd stream. zstd windows of up to 2 GiB are accepted (`zstd --long=31`).
-// Throws std::runtime_error naming path and reason if the file cannot be opened.
+// no gzip or zstd stream. zstd windows of up to 128 MiB are accepted, and in a file of W bytes
+// those of up to 16 * W, at most 2 GiB (`zstd --long=31`): a window is memory, and a small file has
+// no use for a large one. Throws std::runtime_error naming path and reason if the file cannot be
+// opened.
 std::unique_ptr<ByteSource> open_byte_source(const std::string& path, Compression compression);
 
 }  // namespace rwkv

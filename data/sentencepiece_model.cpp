@@ -1,5 +1,6 @@
 #include "data/sentencepiece_model.h"
 
+#include <cstring>
 #include <stdexcept>
 
 #include "data/protobuf_message.h"
@@ -20,11 +21,56 @@ SentencepieceModel::Piece parse_piece(std::string_view content) {
   return piece;
 }
 
+uint32_t u32_at(std::string_view bytes, size_t offset) {
+  uint32_t value = 0;
+  std::memcpy(&value, bytes.data() + offset, sizeof value);
+  return value;
+}
+
+// The table of replacements: u32 size of a trie in bytes; the trie, an array of u32 units; then
+// texts that end in NUL, which the trie's leaves name by their offset. The library looks up
+// whatever text it is given in that trie and checks no bounds, so that a made-up table reads
+// anywhere. A unit that can be matched has bit 31 clear, the distance to the block of 256 units
+// with its children in bits 10 to 30 (times 256 if bit 9 is set), and bit 8 if a leaf stands first
+// there. Source: google/sentencepiece src/normalizer.cc; s-yata/darts-clone include/darts.h.
+void check_normalizer_map(const std::string& path, std::string_view map) {
+  const auto fail = [&](const std::string& what) {
+    throw std::runtime_error(path + ": the table of replacements of its normaliser " + what +
+                             "; the file is damaged");
+  };
+  constexpr size_t kUnitBytes = sizeof(uint32_t);
+  if (map.empty()) {
+    return;
+  }
+  if (map.size() < kUnitBytes || u32_at(map, 0) > map.size() - kUnitBytes) {
+    fail("is cut short");
+  }
+  const std::string_view trie = map.substr(kUnitBytes, u32_at(map, 0));
+  const std::string_view texts = map.substr(kUnitBytes + trie.size());
+  const size_t num_units = trie.size() / kUnitBytes;
+  if (num_units == 0 || texts.empty() || texts.back() != '\0') {
+    fail("has no trie, or texts that do not end");
+  }
+  for (size_t i = 0; i < num_units; ++i) {
+    const uint32_t unit = u32_at(trie, i * kUnitBytes);
+    if (unit >> 31 != 0) {
+      continue;  // a leaf
+    }
+    const size_t children = i ^ (size_t{unit >> 10} << ((unit & 0x200) != 0 ? 8 : 0));
+    if ((children | 0xFF) >= num_units) {
+      fail("points to unit " + std::to_string(children) + " of " + std::to_string(num_units));
+    }
+    if ((unit & 0x100) != 0 && (u32_at(trie, children * kUnitBytes) & 0x7FFFFFFF) >= texts.size()) {
+      fail("points to a text outside its " + std::to_string(texts.size()) + " bytes");
+    }
+  }
+}
+
 void parse_normalizer(std::string_view content, SentencepieceModel& out) {
   MessageReader reader(content);
   for (MessageReader::Field field; reader.next(field);) {
     if (field.number == 2) {
-      out.has_normalizer_map = !field.bytes.empty();
+      out.normalizer_map = field.bytes;
     } else if (field.number == 3) {
       out.add_dummy_prefix = field.value != 0;
     } else if (field.number == 4) {
@@ -53,7 +99,7 @@ SentencepieceModel parse_model(std::string_view content) {
     } else if (field.number == 5) {
       SentencepieceModel denormalizer;
       parse_normalizer(field.bytes, denormalizer);
-      model.has_denormalizer_map = denormalizer.has_normalizer_map;
+      model.has_denormalizer_map = !denormalizer.normalizer_map.empty();
     }
   }
   return model;
@@ -63,7 +109,9 @@ SentencepieceModel parse_model(std::string_view content) {
 
 SentencepieceModel parse_sentencepiece_model(const std::string& path, std::string_view content) {
   try {
-    return parse_model(content);
+    SentencepieceModel model = parse_model(content);
+    check_normalizer_map(path, model.normalizer_map);
+    return model;
   } catch (const MalformedMessage&) {
     throw std::runtime_error(path +
                              ": is not a sentencepiece model, or only a part of one; expected a "

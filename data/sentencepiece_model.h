@@ -27,14 +27,14 @@ struct SentencepieceModel {
   bool add_dummy_prefix = true;
   bool remove_extra_whitespaces = true;
   bool escape_whitespaces = true;
-  bool has_normalizer_map = false;
+  std::string normalizer_map;  // a table of replacements; empty if there is none
   bool has_denormalizer_map = false;
   std::string unk_surface = " \xE2\x81\x87 ";  // what the unknown token decodes to
   std::vector<Piece> pieces;                   // [id]
 };
 
 // `path` is for the error texts. Throws std::runtime_error "PATH: ..." if `content` does not read
-// as such a message.
+// as such a message, or if the library would read outside of it.
 SentencepieceModel parse_sentencepiece_model(const std::string& path, std::string_view content);
 
 }  // namespace rwkv

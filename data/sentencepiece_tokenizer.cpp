@@ -17,6 +17,11 @@ namespace {
 
 using PieceType = SentencepieceModel::PieceType;
 
+// A model of 256,000 pieces has 4 MB.
+constexpr uint64_t kMaxFileBytes = 64 << 20;
+// Of what the library says, which may quote from the file.
+constexpr size_t kShownBytes = 400;
+
 // The byte of a byte token such as <0x0A>.
 unsigned char byte_of_piece(const std::string& path, const std::string& text) {
   unsigned byte = 0;
@@ -41,15 +46,27 @@ std::string with_spaces(std::string_view piece) {
   return text;
 }
 
+// The library reports some faults of a model by its status, and others by exceptions of its parts.
+template <typename Call>
+std::string fault_of(const Call& call) {
+  try {
+    const sentencepiece::util::Status status = call();
+    return status.ok() ? "" : status.ToString();
+  } catch (const std::exception& error) {
+    return error.what();
+  }
+}
+
 }  // namespace
 
 struct SentencepieceTokenizer::Impl {
-  Impl(const std::string& path, std::string_view content);
+  Impl(std::string model_path, std::string_view content);
 
   void encode_plain(std::string_view text, std::vector<int32_t>& ids) const;
   void encode_losslessly(std::string_view text, std::vector<int32_t>& ids) const;
   size_t encode_lines(std::string_view text, TextEnd end, std::vector<int32_t>& ids) const;
 
+  std::string path;
   sentencepiece::SentencePieceProcessor processor;
   std::vector<std::string> bytes;       // [id]: what it decodes to
   std::array<int32_t, 256> byte_ids{};  // [byte]: its token, -1 for none
@@ -58,13 +75,15 @@ struct SentencepieceTokenizer::Impl {
   std::string identity;
 };
 
-SentencepieceTokenizer::Impl::Impl(const std::string& path, std::string_view content)
-    : identity("sentencepiece:" + content_hash(std::as_bytes(std::span(content)))) {
+SentencepieceTokenizer::Impl::Impl(std::string model_path, std::string_view content)
+    : path(std::move(model_path)),
+      identity("sentencepiece:" + content_hash(std::as_bytes(std::span(content)))) {
   const SentencepieceModel model = parse_sentencepiece_model(path, content);
-  const auto status = processor.LoadFromSerializedProto(content);
-  if (!status.ok() || model.pieces.empty() ||
+  const std::string fault = fault_of([&] { return processor.LoadFromSerializedProto(content); });
+  if (!fault.empty() || model.pieces.empty() ||
       processor.GetPieceSize() != static_cast<int>(model.pieces.size())) {
-    throw std::runtime_error(path + ": is not a usable sentencepiece model (" + status.ToString() +
+    throw std::runtime_error(path + ": is not a usable sentencepiece model (" +
+                             fault.substr(0, kShownBytes) +
                              "); expected a file that sentencepiece's trainer wrote");
   }
   if (model.has_denormalizer_map) {
@@ -76,6 +95,11 @@ SentencepieceTokenizer::Impl::Impl(const std::string& path, std::string_view con
   size_t tokens_with_line_feed = 0;
   for (size_t id = 0; id < model.pieces.size(); ++id) {
     const auto& [text, type] = model.pieces[id];
+    // The library holds some of its own reading of a piece to end at a NUL.
+    if (text.find('\0') != std::string::npos || processor.IdToPiece(static_cast<int>(id)) != text) {
+      throw std::runtime_error(path + ": the name of piece " + std::to_string(id) +
+                               " is not a text; the file is damaged");
+    }
     std::string decoded;
     if (type == PieceType::kByte) {
       const unsigned char byte = byte_of_piece(path, text);
@@ -96,7 +120,7 @@ SentencepieceTokenizer::Impl::Impl(const std::string& path, std::string_view con
   }
   const bool has_all_bytes =
       std::none_of(byte_ids.begin(), byte_ids.end(), [](int32_t id) { return id < 0; });
-  is_lossless = has_all_bytes && !model.has_normalizer_map && !model.add_dummy_prefix &&
+  is_lossless = has_all_bytes && model.normalizer_map.empty() && !model.add_dummy_prefix &&
                 !model.remove_extra_whitespaces && model.escape_whitespaces;
   if (!is_lossless || tokens_with_line_feed != 1) {
     line_feed_id.reset();
@@ -106,10 +130,11 @@ SentencepieceTokenizer::Impl::Impl(const std::string& path, std::string_view con
 void SentencepieceTokenizer::Impl::encode_plain(std::string_view text,
                                                 std::vector<int32_t>& ids) const {
   std::vector<int> encoded;
-  const auto status = processor.Encode(text, &encoded);
-  if (!status.ok()) {
-    throw std::runtime_error("sentencepiece could not encode a text of " +
-                             std::to_string(text.size()) + " bytes: " + status.ToString());
+  const std::string fault = fault_of([&] { return processor.Encode(text, &encoded); });
+  if (!fault.empty()) {
+    throw std::runtime_error(path + ": sentencepiece could not encode a text of " +
+                             std::to_string(text.size()) +
+                             " bytes: " + fault.substr(0, kShownBytes));
   }
   ids.insert(ids.end(), encoded.begin(), encoded.end());
 }
@@ -138,7 +163,7 @@ size_t SentencepieceTokenizer::Impl::encode_lines(std::string_view text,
 }
 
 SentencepieceTokenizer::SentencepieceTokenizer(const std::string& model_path)
-    : impl_(std::make_unique<const Impl>(model_path, read_text_file(model_path))) {}
+    : impl_(std::make_unique<const Impl>(model_path, read_text_file(model_path, kMaxFileBytes))) {}
 
 SentencepieceTokenizer::~SentencepieceTokenizer() = default;
 

@@ -13,6 +13,8 @@ namespace rwkv {
 namespace {
 
 constexpr int64_t kVocabSizeMultiple = 64;
+// The World vocabulary has 1.1 MB.
+constexpr uint64_t kMaxFileBytes = 64 << 20;
 // Far above any vocabulary, far below what would make a table of ids a burden.
 constexpr int32_t kMaxId = (1 << 24) - 1;
 
@@ -179,7 +181,7 @@ void refuse_repeats(const std::string& path,
 }  // namespace
 
 WorldTokenizer::WorldTokenizer(const std::string& vocabulary_path) {
-  const std::string content = read_text_file(vocabulary_path);
+  const std::string content = read_text_file(vocabulary_path, kMaxFileBytes);
   parse(vocabulary_path, content);
   identity_ = "world:" + content_hash(std::as_bytes(std::span(content)));
 }

@@ -24,8 +24,14 @@ Overloaded(Ts...) -> Overloaded<Ts...>;
 // Wide enough that the comments of most lines start in one column.
 constexpr size_t kCommentColumn = 36;
 
+// Texts quote keys and values, which may be as long as the file: of a long one, both ends.
 [[noreturn]] void fail(const std::string& place, const std::string& what) {
-  throw std::invalid_argument(place + ": " + what);
+  constexpr size_t kShownBytes = 1000;
+  const bool is_long = what.size() > 2 * kShownBytes;
+  throw std::invalid_argument(
+      place + ": " +
+      (is_long ? what.substr(0, kShownBytes) + " [...] " + what.substr(what.size() - kShownBytes)
+               : what));
 }
 
 std::string join(const std::vector<std::string>& items, std::string_view last_separator) {
@@ -233,14 +239,16 @@ struct TextError {
 // Finds what toml++ 3.3 must not be given, because its search for white space runs into undefined
 // behaviour on some characters above U+007F: such a character outside of quotes and comments, which
 // TOML has no use for (a quotation mark of a word processor is the usual one), or a string in
-// triple quotes, in which that search runs too. Stops where toml++ will stop with an error of its
-// own.
+// triple quotes, in which that search runs too; and a key of so many parts that the tables it nests
+// would take the whole stack. Stops where toml++ will stop with an error of its own.
 std::optional<TextError> find_unreadable(std::string_view text) {
   if (text.starts_with("\xef\xbb\xbf")) {
     text.remove_prefix(3);  // a byte order mark
   }
+  constexpr int kMaxDots = 16;
   int64_t line = 1;
   char inside = 0;  // the quote of a string, '#' of a comment, or 0
+  int dots = 0;     // of the key, or number, that goes on here
   for (size_t i = 0; i < text.size(); ++i) {
     const char c = text[i];
     if (c == '\n') {
@@ -249,6 +257,7 @@ std::optional<TextError> find_unreadable(std::string_view text) {
       }
       ++line;
       inside = 0;
+      dots = 0;
     } else if (inside != 0) {
       if (inside == '"' && c == '\\' && i + 1 < text.size() && text[i + 1] != '\n') {
         ++i;
@@ -263,6 +272,12 @@ std::optional<TextError> find_unreadable(std::string_view text) {
         return TextError{line, std::string(1, c) + " stands inside of a word"};
       }
       inside = c;
+    } else if (c == '.' && ++dots > kMaxDots) {
+      return TextError{line,
+                       "a key of more than " + std::to_string(kMaxDots) +
+                           " parts; keys here have two, as in train.seed"};
+    } else if (std::string_view("=,[]{}").find(c) != text.npos) {
+      dots = 0;
     } else if (c == '#') {
       inside = c;
     } else if (static_cast<unsigned char>(c) > 0x7f) {

@@ -14,6 +14,8 @@
 namespace rwkv {
 namespace {
 
+// Ours have 3 KB.
+constexpr uint64_t kMaxFileBytes = 1 << 20;
 constexpr const char* kBatchChoice = "batch";
 constexpr const char* kLengthChoice = "length";
 constexpr auto kMayDiffer = OnResume::kMayDiffer;
@@ -480,7 +482,7 @@ RunConfig load_run_config(const std::optional<std::string>& path,
                           std::span<const std::string> options) {
   return read_and_validate([&](ConfigReader& reader) {
     if (path) {
-      reader.read(read_text_file(*path), *path);
+      reader.read(read_text_file(*path, kMaxFileBytes), *path);
     }
     for (const std::string& option : options) {
       reader.apply_option(option);

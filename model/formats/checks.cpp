@@ -134,6 +134,11 @@ void check_tensors_to_write(std::span<const TensorToWrite> tensors, const std::s
   std::vector<std::string_view> names;
   for (const TensorToWrite& tensor : tensors) {
     names.push_back(tensor.name);
+    if (tensor.shape.size() > kMaxRank) {
+      throw std::invalid_argument(where + ": " + in_quotes(tensor.name) + " has " +
+                                  std::to_string(tensor.shape.size()) +
+                                  " dimensions, expected at most " + std::to_string(kMaxRank));
+    }
     const int64_t n = checked_num_elements(tensor.shape, size_of(tensor.dtype));
     if (n < 0 || static_cast<uint64_t>(n * size_of(tensor.dtype)) != tensor.data.size()) {
       throw std::invalid_argument(

@@ -29,12 +29,14 @@ std::vector<int64_t> contiguous_strides(std::span<const int64_t> shape);
 void check_stored_tensor(const StoredTensor& tensor, const std::string& where);
 // RWKV's longest name has 40 bytes.
 constexpr size_t kMaxNameBytes = 1024;
+// RWKV's tensors have at most 4 dimensions.
+constexpr size_t kMaxRank = 8;
 // Throws std::runtime_error, starting with `where`, for a name that occurs twice, is not UTF-8 or
 // is longer than kMaxNameBytes.
 void check_stored_names(std::span<const std::string_view> names, const std::string& where);
 
 // Throws std::invalid_argument, starting with `where`, for a name that check_stored_names would
-// refuse and for data that does not fit its shape.
+// refuse, for more than kMaxRank dimensions and for data that does not fit its shape.
 void check_tensors_to_write(std::span<const TensorToWrite> tensors, const std::string& where);
 
 }  // namespace rwkv

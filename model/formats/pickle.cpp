@@ -16,11 +16,13 @@ using Kind = PickleValue::Kind;
 
 // The state dict of a 14B model has about 30,000 values in 0.3 MB. These limits leave room for
 // lists of numbers that trainers put beside it, and bound what a hostile file costs: 64 bytes a
-// value, 4 bytes of stack for each byte read.
+// value, 4 bytes of a container's items for each byte read.
 constexpr size_t kMaxValues = size_t{1} << 20;
 constexpr size_t kMaxBytes = size_t{64} << 20;
 // Marks that are open at once: a pickle of nested tuples opens one for each level.
 constexpr size_t kMaxDepth = 256;
+// Values that wait on the stack: save() of Python puts a container's items down 1,000 at a time.
+constexpr size_t kMaxStack = size_t{1} << 20;
 
 enum Opcode : unsigned char {
   kMark = '(',
@@ -115,6 +117,10 @@ class Machine {
     while (!stopped_) {
       opcode_at_ = at_;
       step(static_cast<unsigned char>(take(1)[0]));
+      if (stack_.size() > kMaxStack) {
+        fail("more than " + std::to_string(kMaxStack) +
+             " values wait on the stack, far more than a state dict needs");
+      }
     }
     if (stack_.size() != 1 || !marks_.empty()) {
       fail("it ends with " + std::to_string(stack_.size()) + " values on the stack, expected 1");

@@ -52,7 +52,8 @@ struct Pickle {
 };
 
 // Reads one pickle from the front of `bytes`. `allowed_globals` are "module.name".
-// Bounded, whatever the file says: 2^20 values, 64 MiB of pickle, marks nested 256 deep.
+// Bounded, whatever the file says: 2^20 values, as many on the stack, 64 MiB of pickle, marks
+// nested 256 deep.
 // Throws std::runtime_error, starting with `where` ("x.pth: data.pkl"), for a global that is not
 // allowed and an opcode that is not known, by their names, and for a pickle that is cut short or
 // breaks the machine's rules.

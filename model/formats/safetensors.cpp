@@ -21,6 +21,10 @@ using Json = nlohmann::json;
 constexpr uint64_t kLengthBytes = 8;
 constexpr uint64_t kMaxHeaderBytes = 100'000'000;
 constexpr std::string_view kMetadataKey = "__metadata__";
+// A 14B model has 1,000 tensors of at most 4 dimensions. These bound what a header costs in memory,
+// where an entry takes more than it has bytes in the file.
+constexpr size_t kMaxTensors = size_t{1} << 20;
+constexpr size_t kMaxMetadata = size_t{1} << 16;
 
 constexpr std::array<std::pair<std::string_view, WeightDtype>, 10> kDtypeNames = {{
     {"F64", WeightDtype::kF64},
@@ -67,6 +71,7 @@ class HeaderReader : public Json::json_sax_t {
       place_ = Place::kMetadata;
     } else if (place_ == Place::kRoot) {
       place_ = Place::kTensor;
+      require_at_most(kMaxTensors, entries.size() + 1, "tensors");
       entries.push_back({.name = key_, .dtype = {}, .shape = {}, .data_offsets = {}});
     } else {
       refuse("an object");
@@ -101,6 +106,7 @@ class HeaderReader : public Json::json_sax_t {
 
   bool string(string_t& text) override {
     if (place_ == Place::kMetadata) {
+      require_at_most(kMaxMetadata, metadata.size() + 1, "metadata entries");
       metadata[key_] = text;
     } else if (place_ == Place::kTensor && key_ == "dtype" && !entries.back().dtype) {
       const auto row = std::find_if(
@@ -142,7 +148,9 @@ class HeaderReader : public Json::json_sax_t {
       refuse("the number " + std::to_string(value));
     }
     HeaderEntry& entry = entries.back();
-    (key_ == "shape" ? entry.shape : entry.data_offsets)->push_back(static_cast<int64_t>(value));
+    std::vector<int64_t>& list = *(key_ == "shape" ? entry.shape : entry.data_offsets);
+    require_at_most(kMaxRank, list.size() + 1, "numbers in one list");
+    list.push_back(static_cast<int64_t>(value));
     return true;
   }
 
@@ -169,6 +177,14 @@ class HeaderReader : public Json::json_sax_t {
         where_ + ": the header has " + what + (key_.empty() ? "" : " at " + in_quotes(key_)) +
         ", expected {name: {\"dtype\": string, \"shape\": [sizes], \"data_offsets\": [begin, end]},"
         " \"__metadata__\": {string: string}}; the file is damaged");
+  }
+
+  void require_at_most(size_t most, size_t count, const char* what) const {
+    if (count > most) {
+      throw std::runtime_error(where_ + ": the header has more than " + std::to_string(most) + " " +
+                               what + (key_.empty() ? "" : " at " + in_quotes(key_)) +
+                               ", far more than a model has; the file is damaged");
+    }
   }
 
   const std::string& where_;

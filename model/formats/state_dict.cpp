@@ -79,7 +79,6 @@ constexpr std::string_view kPrefixes[] = {"_forward_module.", "module.", "model.
 constexpr int kMaxDictDepth = 4;
 // RWKV has at most four dimensions, and PyTorch's keys are numbers of some digits. The limits keep
 // a shape or a key that many tensors share from multiplying.
-constexpr size_t kMaxRank = 8;
 constexpr size_t kMaxKeyBytes = 64;
 
 class Reader {

@@ -473,6 +473,10 @@ INSTANTIATE_TEST_SUITE_P(
             "VocabSizePast63Bits", record_json("18446744073709551615", "0"), "\"vocab_size\""},
         BadRecord{"EndOutside", record_json("9", "9"), "\"end_of_document\" is 9, expected"},
         BadRecord{"OtherCorpus", record_json("9", "0", "11"), "of 11 tokens, but this one has 10"},
+        BadRecord{"KeyTwice",
+                  record_json("9", "0", "10", ", \"num_tokens\": 10"),
+                  "\"num_tokens\" twice"},
+        BadRecord{"DeepNesting", std::string(100000, '['), "nested deeper than 64 levels"},
         BadRecord{"UnknownKey", record_json("9", "0", "10", ", \"more\": 1"), "\"more\""}),
     [](const auto& record) { return record.param.name; });
 

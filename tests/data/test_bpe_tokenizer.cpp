@@ -204,6 +204,24 @@ TEST_F(BpeFileChecks, RefusesWhatIsNoTokenizersFile) {
               HasSubstr("absent.json"));
 }
 
+TEST_F(BpeFileChecks, RefusesWhatAFileOfThisKindNeverHolds) {
+  const auto refusal = [&](const std::string& content) {
+    return THROWN_TEXT(std::runtime_error, BpeTokenizer{write(content)});
+  };
+  const std::string deep = std::string(200000, '[') + std::string(200000, ']');
+  EXPECT_THAT(refusal("{\"truncation\": " + deep + "}"), HasSubstr("deeper than 64 levels"));
+  EXPECT_THAT(refusal(R"({"model": {"vocab": {"a": 1, "a": 2}}})"),
+              HasSubstr("has the key \"a\" twice"));
+  // A text that the JSON library would quote whole.
+  EXPECT_THAT(
+      refusal("{\"" + std::string(1 << 20, 'x')),
+      testing::AllOf(HasSubstr("is not JSON: broken at byte"), testing::SizeIs(testing::Lt(300))));
+  EXPECT_THAT(refusal(R"({"version": 1e999})"), HasSubstr("a number is too large"));
+  std::filesystem::resize_file(write("{}"), (32 << 20) + 1);
+  EXPECT_THAT(THROWN_TEXT(std::runtime_error, BpeTokenizer{folder_.path("t.json")}),
+              HasSubstr("has 33,554,433 bytes, expected at most 33,554,432"));
+}
+
 TEST_F(BpeFileChecks, RefusesSettingsItDoesNotFollow) {
   const nlohmann::json right = json_;
   const std::vector<std::pair<std::string, nlohmann::json>> settings = {

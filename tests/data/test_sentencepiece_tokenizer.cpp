@@ -246,6 +246,21 @@ TEST_P(TrainedSentencepiece, TakesTextsThatSentencepieceStumblesOver) {
   EXPECT_TRUE(tokenizer.decode(tokenizer.encode(text)) == text);
 }
 
+// A protobuf field with a length, of less than 128 bytes.
+std::string field(int number, const std::string& content) {
+  return std::string{static_cast<char>(number << 3 | 2), static_cast<char>(content.size())} +
+         content;
+}
+
+TEST_P(TrainedSentencepiece, RefusesPiecesThatAreNoText) {
+  const test::TempFolder folder;
+  const std::string path = folder.path("a.model");
+  const std::string model = test::read_file(trained().folder.path("a.model"));
+  test::write_file(path, model + field(1, field(1, std::string("q\0z", 3))));
+  EXPECT_THAT(THROWN_TEXT(std::runtime_error, SentencepieceTokenizer{path}),
+              StartsWith(path + ": "));
+}
+
 INSTANTIATE_TEST_SUITE_P(,
                          TrainedSentencepiece,
                          testing::Values(SentencepieceKind::kUnigram, SentencepieceKind::kBpe),
@@ -349,6 +364,51 @@ TEST(SentencepieceTokenizer, RefusesFilesThatAreNoModels) {
   test::write_file(folder.path("a.model"), model + "\x2A\x03\x12\x01x");
   EXPECT_THAT(THROWN_TEXT(std::runtime_error, SentencepieceTokenizer{folder.path("a.model")}),
               HasSubstr("denormaliser"));
+}
+
+// A table of replacements as normaliser: the size of its trie, the trie, texts.
+std::string with_replacements(const std::string& model,
+                              const std::vector<uint32_t>& units,
+                              const std::string& texts) {
+  std::vector<uint32_t> numbers = units;
+  numbers.insert(numbers.begin(), static_cast<uint32_t>(4 * units.size()));
+  const std::string map =
+      std::string(reinterpret_cast<const char*>(numbers.data()), 4 * numbers.size()) + texts;
+  const auto long_field = [](int number, const std::string& content) {
+    return std::string{static_cast<char>(number << 3 | 2),
+                       static_cast<char>((content.size() & 0x7F) | 0x80),
+                       static_cast<char>(content.size() >> 7)} +
+           content;
+  };
+  return model + long_field(3, long_field(2, map));
+}
+
+TEST(SentencepieceTokenizer, RefusesATableOfReplacementsThatReachesOutsideItself) {
+  const test::TempFolder folder;
+  const std::string path = folder.path("a.model");
+  const std::string model = test::read_file(test::golden("dummy_prefix.model"));
+  const auto refusal = [&](const std::vector<uint32_t>& units, const std::string& texts) {
+    test::write_file(path, with_replacements(model, units, texts));
+    return THROWN_TEXT(std::runtime_error, SentencepieceTokenizer{path});
+  };
+  const std::string texts("x\0", 2);
+  std::vector<uint32_t> units(512, 0);
+  // "a" becomes the text at 0: its children start at unit 256, where the leaf stands.
+  units['a'] = 'a' | 0x100 | (256 ^ 'a') << 10;
+  units[256] = uint32_t{1} << 31;
+  test::write_file(path, with_replacements(model, units, texts));
+  EXPECT_EQ(SentencepieceTokenizer(path).encode("a"), SentencepieceTokenizer(path).encode("x"));
+
+  std::vector<uint32_t> broken = units;
+  broken['b'] = 'b' | 512 << 10;
+  EXPECT_THAT(refusal(broken, texts), HasSubstr("points to unit 610 of 512"));
+  broken = units;
+  broken[256] |= 2;
+  EXPECT_THAT(refusal(broken, texts), HasSubstr("a text outside its 2 bytes"));
+  EXPECT_THAT(refusal(units, "x"), HasSubstr("texts that do not end"));
+  EXPECT_THAT(refusal(units, ""), HasSubstr("texts that do not end"));
+  EXPECT_THAT(refusal({}, texts), HasSubstr("no trie"));
+  EXPECT_THAT(refusal({units.begin(), units.begin() + 100}, texts), HasSubstr("of 100"));
 }
 
 TEST(LineParts, AreLinesAndLineFeeds) {

@@ -236,11 +236,11 @@ TEST(TextReader, RefusesARowThatIsTooLong) {
 
 TEST(TextReader, StopsAtTheLimitInAFileWithoutLineEnds) {
   const test::TempFolder folder;
-  test::write_file(folder.path("a.jsonl.zst"), zstd(std::string(300u << 20, ' ')));
+  test::write_file(folder.path("a.jsonl.zst"), zstd(std::string(80u << 20, ' ')));
   TextReader reader({folder.path("a.jsonl.zst")}, {});
   TextPiece piece;
   const std::string text = THROWN_TEXT(std::runtime_error, reader.next(piece));
-  EXPECT_THAT(text, HasSubstr("a.jsonl.zst:1: the row is longer than 268,435,456 bytes"));
+  EXPECT_THAT(text, HasSubstr("a.jsonl.zst:1: the row is longer than 67,108,864 bytes"));
 }
 
 TEST(TextReader, NamesEndingsItKnowsForOneItDoesNot) {
@@ -289,6 +289,29 @@ TEST(TextReader, RefusesACompressedStreamCutAnywhere) {
     test::write_file(folder.path(name), content + "rubbish");
     EXPECT_FALSE(reads_to_the_end(folder.path(name)));
   }
+}
+
+// The header of a frame whose window is 2 to the power of `window_log`, and an empty last block.
+std::string zstd_frame(int window_log) {
+  return std::string("\x28\xb5\x2f\xfd\0", 5) + static_cast<char>((window_log - 10) << 3) +
+         std::string("\1\0\0", 3);
+}
+
+TEST(TextReader, TakesNoMoreMemoryForAWindowThanAFileOfItsSizeCanUse) {
+  const test::TempFolder folder;
+  test::write_file(folder.path("a.txt.zst"), zstd_frame(27));
+  EXPECT_TRUE(reads_to_the_end(folder.path("a.txt.zst")));
+  test::write_file(folder.path("a.txt.zst"), zstd_frame(31));
+  TextReader reader({folder.path("a.txt.zst")}, {});
+  TextPiece piece;
+  EXPECT_THAT(THROWN_TEXT(std::runtime_error, reader.next(piece)),
+              AllOf(HasSubstr("a.txt.zst: the zstd stream wants a window far larger"),
+                    HasSubstr("9 bytes"),
+                    HasSubstr("without --long")));
+  // A file of 128 MiB, most of it a hole, may be of `zstd --long=31`.
+  std::filesystem::resize_file(folder.path("a.txt.zst"), 128 << 20);
+  TextReader large({folder.path("a.txt.zst")}, {});
+  EXPECT_THAT(THROWN_TEXT(std::runtime_error, large.next(piece)), HasSubstr("corrupt"));
 }
 
 TEST(TextReader, SurvivesCompressedStreamsWithWrongBytes) {

@@ -167,6 +167,29 @@ TEST(ConfigReader, NamesTheLineOfADuplicateKeyAndOfBrokenSyntax) {
   EXPECT_THAT(read_error("[run]\nname = \"\xff\"\n"), StartsWith("a.toml:2: "));
 }
 
+// Each part of a key is a table in a table, and toml++ goes through them one call inside another.
+TEST(ConfigReader, RefusesAKeyOfVeryManyParts) {
+  std::string key = "a";
+  for (int part = 0; part < 200000; ++part) {
+    key += part % 2 == 0 ? ".a" : " . \"a.b\"";
+  }
+  for (const std::string& text : {key + " = 1\n", "[" + key + "]\n", "x = {" + key + " = 1}\n"}) {
+    EXPECT_THAT(read_error("\n" + text), AllOf(StartsWith("a.toml:2: "), HasSubstr("16 parts")));
+  }
+  // Numbers have points as well.
+  std::string numbers = "1.5";
+  for (int i = 0; i < 40; ++i) {
+    numbers += ", 1.5";
+  }
+  EXPECT_THAT(read_error("[model]\nn_embd = [" + numbers + "]\n"), HasSubstr("a list"));
+}
+
+TEST(ConfigReader, QuotesOnlyTheEndsOfALongText) {
+  const std::string text = read_error("[model]\nn_embd = \"" + std::string(1 << 20, 'x') + "\"\n");
+  EXPECT_THAT(text, AllOf(StartsWith("a.toml:2: model.n_embd = \"xxx"), HasSubstr("an integer")));
+  EXPECT_LT(text.size(), 3000u);
+}
+
 // toml++ 3.3 runs into undefined behaviour on these: an error of ours comes first.
 TEST(ConfigReader, RefusesForeignCharactersOutsideOfQuotes) {
   EXPECT_EQ(read_error("[run]\nname = \u201cx\u201d\n"),

@@ -166,6 +166,18 @@ TEST(Pickle, RefusesOtherGlobalsByName) {
               HasSubstr("\\x1b[2J.y"));
 }
 
+TEST(Pickle, RefusesAStackThatGrowsWithoutEnd) {
+  EXPECT_THAT(refusal("\x80\x02" + std::string((1 << 20) + 1, 'N')),
+              HasSubstr("more than 1048576 values wait on the stack"));
+  // The items of a list may come in portions, as Python writes them.
+  std::string list = "\x80\x02]";
+  for (int portion = 0; portion < 8; ++portion) {
+    list += "(" + std::string(1 << 18, 'N') + "e";
+  }
+  const Pickle pickle = read(list + ".");
+  EXPECT_EQ(pickle[pickle.root].items.size(), size_t{8} << 18);
+}
+
 TEST(Pickle, RefusesOtherOpcodesByName) {
   EXPECT_THAT(refusal("\x80\x02(ios\nsystem\n."), HasSubstr("wants the pickle opcode INST,"));
   EXPECT_THAT(refusal("\x80\x02\x82\x01."), HasSubstr("wants the pickle opcode EXT1,"));
@@ -211,12 +223,16 @@ TEST(Pickle, RefusesBrokenRules) {
 }
 
 TEST(Pickle, BoundsNestingValuesAndMemo) {
+  std::string pushed_and_popped;
+  while (pushed_and_popped.size() <= size_t{64} << 20) {
+    pushed_and_popped += "N0";
+  }
   EXPECT_THAT(refusal("\x80\x02" + std::string(257, '(')), HasSubstr("deeper than 256"));
   EXPECT_THAT(refusal("\x80\x02" + std::string(1 << 21, ']')),
               HasSubstr("more than 1048576 values"));
   EXPECT_THAT(refusal("\x80\x04N" + std::string(1 << 21, '\x94')),
               HasSubstr("more than 1048576 memo entries"));
-  EXPECT_THAT(refusal("\x80\x02" + std::string(65 << 20, 'N')), HasSubstr("beyond 67108864 bytes"));
+  EXPECT_THAT(refusal("\x80\x02" + pushed_and_popped), HasSubstr("beyond 67108864 bytes"));
 }
 
 TEST(Pickle, ValuesThatHoldThemselvesOrDoubleCostNothing) {

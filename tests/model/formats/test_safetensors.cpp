@@ -129,6 +129,8 @@ TEST(Safetensors, RefusesToWriteWhatItCouldNotRead) {
   EXPECT_THAT(text({{.name = "__metadata__", .shape = {2}, .data = data}}),
               HasSubstr("\"__metadata__\", which safetensors reserves"));
   EXPECT_THAT(text({good}, {{"a", "\xff"}}), HasSubstr("metadata"));
+  EXPECT_THAT(text({{.name = "a", .shape = std::vector<int64_t>(9, 1), .data = data}}),
+              HasSubstr("\"a\" has 9 dimensions, expected at most 8"));
   EXPECT_TRUE(folder.files().empty());
 }
 
@@ -203,6 +205,30 @@ TEST(Safetensors, RefusesAHeaderLongerThanTheFile) {
 
 TEST(Safetensors, SurvivesDeepNesting) {
   EXPECT_THAT(refused_header("{\"a\":" + std::string(1 << 20, '[')), HasSubstr("an array"));
+}
+
+// Each would cost many times its bytes.
+TEST(Safetensors, RefusesMoreThanAModelHas) {
+  const auto repeated = [](const std::string& text, int count) {
+    std::string all;
+    for (int i = 0; i < count; ++i) {
+      all += (i == 0 ? "" : ",") + text;
+    }
+    return all;
+  };
+  EXPECT_THAT(refused_header(R"({"a":{"dtype":"U8","shape":[)" + repeated("0", 9) +
+                             R"(],"data_offsets":[0,0]}})"),
+              HasSubstr("more than 8 numbers in one list at \"shape\""));
+  EXPECT_THAT(
+      refused_header(
+          "{" + repeated(R"("a":{"dtype":"U8","shape":[0],"data_offsets":[0,0]})", (1 << 20) + 1) +
+          "}"),
+      HasSubstr("more than 1048576 tensors"));
+  std::string metadata = R"({"__metadata__":{"a":"")";
+  for (int i = 0; i < 1 << 16; ++i) {
+    metadata += ",\"" + std::to_string(i) + "\":\"\"";
+  }
+  EXPECT_THAT(refused_header(metadata + "}}"), HasSubstr("more than 65536 metadata entries"));
 }
 
 TEST(Safetensors, RefusesEveryTruncation) {
