@@ -1,6 +1,7 @@
 #include "train/checkpoint.h"
 
 #include <filesystem>
+#include <map>
 #include <stdexcept>
 
 #include <nlohmann/json.hpp>
@@ -42,6 +43,7 @@ void check_state(const SavedRun& saved, const std::string& path) {
 
 std::string save_checkpoint(const std::string& run_dir,
                             const RunConfig& config,
+                            const std::optional<std::string>& tokenizer_identity,
                             const Optimizer& optimizer,
                             const TrainerState& state,
                             const Retention& retention) {
@@ -55,9 +57,11 @@ std::string save_checkpoint(const std::string& run_dir,
     const std::string config_text = to_toml(config);
     const NamedTensors weights = optimizer.master_weights();
     const NamedTensors moments = optimizer.moments();
-    write_safetensors((partial / "model.safetensors").string(),
-                      to_write(weights),
-                      {{"format", "pt"}, {kRunConfigKey, config_text}});
+    std::map<std::string, std::string> metadata{{"format", "pt"}, {kRunConfigKey, config_text}};
+    if (tokenizer_identity) {
+      metadata.emplace(kTokenizerKey, *tokenizer_identity);
+    }
+    write_safetensors((partial / "model.safetensors").string(), to_write(weights), metadata);
     write_safetensors((partial / "optimizer.safetensors").string(), to_write(moments), {});
     const nlohmann::ordered_json progress = {{"step", state.step},
                                              {"samples", state.samples},

@@ -2,7 +2,8 @@
 //
 //   RUN/checkpoints/step_00000200/
 //     model.safetensors      master weights, fp32, RWKV-LM's names; metadata "rookery.config" holds
-//                            the resolved configuration
+//                            the resolved configuration, "rookery.tokenizer" the identity of the
+//                            tokenizer that made the corpus, if it is known
 //     optimizer.safetensors  AdamW's moments as m.<name> and v.<name>, fp32
 //     trainer.json           step, tokens and samples seen: data position and schedule follow; and
 //                            the seconds that it took
@@ -13,6 +14,7 @@
 #pragma once
 
 #include <cstdint>
+#include <optional>
 #include <string>
 
 #include "train/optimizer.h"
@@ -29,10 +31,12 @@ struct TrainerState {
 };
 
 // Writes the checkpoint of `state.step`, then deletes those that `retention` does not keep and
-// whatever an interrupted save left. Returns its path. Throws std::runtime_error naming the file
-// and the reason; nothing of the failed checkpoint is left, and no older one is deleted.
+// whatever an interrupted save left. `tokenizer_identity` is Tokenizer::identity() of the corpus'
+// tokenizer. Returns its path. Throws std::runtime_error naming the file and the reason; nothing of
+// the failed checkpoint is left, and no older one is deleted.
 std::string save_checkpoint(const std::string& run_dir,
                             const RunConfig& config,
+                            const std::optional<std::string>& tokenizer_identity,
                             const Optimizer& optimizer,
                             const TrainerState& state,
                             const Retention& retention);

@@ -138,6 +138,14 @@ std::optional<RunConfig> config_in(const WeightFile& file) {
   return parse_kept_config(found->second, file.path + " (" + kRunConfigKey + ")");
 }
 
+std::optional<std::string> tokenizer_identity_in(const WeightFile& file) {
+  const auto found = file.metadata.find(kTokenizerKey);
+  if (found == file.metadata.end()) {
+    return std::nullopt;
+  }
+  return found->second;
+}
+
 RunLock::RunLock(const std::string& run_dir) {
   std::error_code error;
   fs::create_directories(run_dir, error);

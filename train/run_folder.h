@@ -23,6 +23,8 @@ namespace rwkv {
 
 // Key of the resolved configuration in the metadata of our model files.
 inline constexpr const char* kRunConfigKey = "rookery.config";
+// And of the identity (data/tokenizer.h) of the tokenizer that the model was trained with.
+inline constexpr const char* kTokenizerKey = "rookery.tokenizer";
 
 std::filesystem::path checkpoints_folder(const std::string& run_dir);
 // "step_00000200".
@@ -49,6 +51,8 @@ std::string find_model(const std::string& path);
 
 // The configuration kept in a model file's metadata, if it was made by us.
 std::optional<RunConfig> config_in(const WeightFile& file);
+// The identity of the tokenizer a model was trained with, if its file says so.
+std::optional<std::string> tokenizer_identity_in(const WeightFile& file);
 // Reads a configuration kept in a file of ours: what is wrong with it is the file's fault
 // (std::runtime_error), not the user's.
 RunConfig parse_kept_config(const std::string& text, const std::string& name);

@@ -42,6 +42,17 @@ double wall_clock_seconds() {
   return duration<double>(system_clock::now().time_since_epoch()).count();
 }
 
+// The corpus knows best; a foreign one is taken to be what the configuration says it is.
+std::optional<std::string> tokenizer_identity(const DataConfig& data, const BinidxFile& corpus) {
+  if (corpus.tokenizer_record()) {
+    return corpus.tokenizer_record()->identity;
+  }
+  if (data.tokenizer) {
+    return open_tokenizer(*data.tokenizer)->identity();
+  }
+  return std::nullopt;
+}
+
 SampleOrder make_order(const RunConfig& config, const BinidxFile& corpus) {
   try {
     return SampleOrder(config.data.order,
@@ -88,6 +99,7 @@ Trainer Trainer::before_step(const RunConfig& config, int64_t step) {
 Trainer::Trainer(const RunConfig& config, Purpose purpose, std::optional<int64_t> before_step)
     : config_(resolve_run_config(config)),
       train_corpus_(config_.data.train),
+      tokenizer_identity_(tokenizer_identity(config_.data, train_corpus_)),
       order_(make_order(config_, train_corpus_)),
       total_steps_(config_.total_steps(order_.samples_per_epoch())),
       model_(config_.model) {
@@ -388,6 +400,7 @@ void Trainer::save(RunLog& log) {
   const std::string path =
       save_checkpoint(train.run_dir,
                       config_,
+                      tokenizer_identity_,
                       *optimizer_,
                       state_,
                       {.newest = train.keep_checkpoints, .every_steps = train.keep_every_steps});

@@ -87,6 +87,7 @@ class Trainer {
   BinidxFile train_corpus_;
   std::optional<BinidxFile> validation_corpus_;
   std::unique_ptr<Tokenizer> tokenizer_;  // of samples
+  std::optional<std::string> tokenizer_identity_;  // of what made the corpus, if it is known
   SampleOrder order_;
   std::optional<int64_t> total_steps_;
   RwkvModel model_;

@@ -256,5 +256,26 @@ TEST(ConfigIn, IsWhatTheRunWasGiven) {
   EXPECT_EQ(*inside, resolve_run_config(config));
 }
 
+TEST(TokenizerIdentityIn, IsTheOneOfTheCorpus) {
+  const test::TempFolder folder;
+  make_corpus(folder, "corpus", 2000, "world:0123");
+  Trainer(small_run(folder, "run")).run();
+  EXPECT_EQ(tokenizer_identity_in(read_weights(find_model(folder.path("run")))), "world:0123");
+}
+
+TEST(TokenizerIdentityIn, OfACorpusWithoutARecordIsTheConfiguredOneOrNone) {
+  const test::TempFolder folder;
+  make_corpus(folder, "corpus", 2000);
+  std::filesystem::remove(folder.path("corpus.tokenizer.json"));
+  RunConfig config = small_run(folder, "unknown");
+  config.model.vocab_size = 256;
+  Trainer(config).run();
+  EXPECT_EQ(tokenizer_identity_in(read_weights(find_model(folder.path("unknown")))), std::nullopt);
+  config.train.run_dir = folder.path("configured");
+  config.data.tokenizer = "bytes";
+  Trainer(config).run();
+  EXPECT_EQ(tokenizer_identity_in(read_weights(find_model(folder.path("configured")))), "bytes");
+}
+
 }  // namespace
 }  // namespace rwkv
