@@ -1,34 +1,69 @@
 #include "train/evaluate.h"
 
 #include <algorithm>
+#include <bit>
+#include <numeric>
 #include <stdexcept>
 #include <string>
-#include <vector>
 
-#include <ATen/ATen.h>
-
-#include "model/loss.h"
+#include "train/predict_sequences.h"
 
 namespace rwkv {
 namespace {
 
-// Windows [begin + i * len, begin + (i + 1) * len] for i < rows, as [rows, len + 1].
-at::Tensor read_windows(
-    const BinidxFile& corpus, int64_t vocab_size, int64_t begin, int64_t rows, int64_t len) {
-  at::Tensor ids = at::empty({rows, len + 1}, at::kLong);
-  auto* data = ids.mutable_data_ptr<int64_t>();
-  for (int64_t row = 0; row < rows; ++row) {
-    const std::span<int64_t> window(data + row * (len + 1), static_cast<size_t>(len + 1));
-    corpus.read(begin + row * len, window);
-    require_ids_below(vocab_size, corpus, begin + row * len, window);
-  }
-  return ids;
+// Ranges of positions end at powers of two: 1, 2, 4, 8 ...
+size_t range_of(uint64_t position) {
+  return static_cast<size_t>(std::bit_width(position - 1));
+}
+
+int64_t last_of(size_t range) {
+  return int64_t{1} << range;
 }
 
 }  // namespace
 
+void LossSum::add(std::span<const float> losses) {
+  const size_t num_ranges = losses.empty() ? 0 : range_of(losses.size()) + 1;
+  if (num_ranges > sums_.size()) {
+    sums_.resize(num_ranges);
+    counts_.resize(num_ranges);
+  }
+  for (size_t i = 0; i < losses.size(); ++i) {
+    const size_t range = range_of(i + 1);
+    sums_[range] += static_cast<double>(losses[i]);
+    ++counts_[range];
+  }
+  longest_ = std::max(longest_, static_cast<int64_t>(losses.size()));
+}
+
+int64_t LossSum::num_tokens() const {
+  return std::accumulate(counts_.begin(), counts_.end(), int64_t{0});
+}
+
+Evaluation LossSum::mean() const {
+  Evaluation mean{.num_tokens = num_tokens(), .by_position = {}};
+  for (size_t range = 0; range < sums_.size(); ++range) {
+    mean.by_position.push_back({.first = range == 0 ? 1 : last_of(range - 1) + 1,
+                                .last = std::min(last_of(range), longest_),
+                                .num_tokens = counts_[range],
+                                .loss = sums_[range] / static_cast<double>(counts_[range])});
+  }
+  mean.loss =
+      std::accumulate(sums_.begin(), sums_.end(), 0.0) / static_cast<double>(mean.num_tokens);
+  return mean;
+}
+
+std::vector<int64_t> read_ids(const BinidxFile& corpus,
+                              int64_t vocab_size,
+                              int64_t begin,
+                              int64_t count) {
+  std::vector<int64_t> ids(static_cast<size_t>(count));
+  corpus.read(begin, ids);
+  require_ids_below(vocab_size, corpus, begin, ids);
+  return ids;
+}
+
 Evaluation evaluate(RwkvModel model, const BinidxFile& corpus, const EvaluateOptions& options) {
-  const at::NoGradGuard no_grad;
   const int64_t predictions =
       std::min(corpus.num_tokens() - 1, options.max_tokens.value_or(corpus.num_tokens() - 1));
   if (predictions < 1) {
@@ -36,19 +71,23 @@ Evaluation evaluate(RwkvModel model, const BinidxFile& corpus, const EvaluateOpt
                              std::to_string(corpus.num_tokens()) +
                              " tokens, expected at least 2 to predict one");
   }
-  double sum = 0;
+  LossSum sum;
+  std::vector<std::vector<int64_t>> windows;
   for (int64_t begin = 0; begin < predictions;) {
-    const int64_t len = std::min(options.ctx_len, predictions - begin);
-    const int64_t rows = std::min(options.batch_size, (predictions - begin) / len);
-    const at::Tensor ids = read_windows(corpus, model->config().vocab_size, begin, rows, len);
-    const ModelOutput output = model->forward(ids.slice(1, 0, len), model->initial_state(rows));
-    sum += token_losses(output.logits_BTV, ids.slice(1, 1, len + 1))
-               .to(at::kDouble)
-               .sum()
-               .item<double>();
-    begin += rows * len;
+    windows.clear();
+    while (begin < predictions && std::ssize(windows) < options.batch_size) {
+      const int64_t len = std::min(options.ctx_len, predictions - begin);
+      windows.push_back(read_ids(corpus, model->config().vocab_size, begin, len + 1));
+      begin += len;
+    }
+    predict_sequences(model, windows, options.batch_size, [&](const SequencePrediction& window) {
+      sum.add(window.losses());
+    });
+    if (options.progress) {
+      options.progress(sum.num_tokens());
+    }
   }
-  return {.loss = sum / static_cast<double>(predictions), .num_tokens = predictions};
+  return sum.mean();
 }
 
 }  // namespace rwkv

@@ -6,17 +6,10 @@
 #include <ATen/ATen.h>
 #include <ATen/CPUGeneratorImpl.h>
 
+#include "train/model_tokenizer.h"
+
 namespace rwkv {
 namespace {
-
-void check_vocabulary(const Tokenizer& tokenizer, const ModelConfig& config) {
-  if (tokenizer.vocab_size() > config.vocab_size) {
-    throw std::invalid_argument("the tokenizer has " + std::to_string(tokenizer.vocab_size()) +
-                                " ids but the model's vocabulary is " +
-                                std::to_string(config.vocab_size) +
-                                "; was the model trained with another tokenizer?");
-  }
-}
 
 std::vector<int32_t> encode_prompt(const Tokenizer& tokenizer, const std::string& prompt) {
   std::vector<int32_t> ids;
@@ -39,7 +32,7 @@ void generate_text(RwkvModel model,
                    const GenerateOptions& options,
                    const std::function<void(std::string_view)>& add_text) {
   const at::NoGradGuard no_grad;
-  check_vocabulary(tokenizer, model->config());
+  require_vocabulary_for(tokenizer, model->config().vocab_size);
   const std::vector<int32_t> ids = encode_prompt(tokenizer, options.prompt);
   const auto end = tokenizer.end_of_document();
   at::Generator generator = at::make_generator<at::CPUGeneratorImpl>(options.seed);

@@ -86,7 +86,7 @@ class Trainer {
   std::optional<RunLock> lock_;
   BinidxFile train_corpus_;
   std::optional<BinidxFile> validation_corpus_;
-  std::unique_ptr<Tokenizer> tokenizer_;  // of samples
+  std::unique_ptr<Tokenizer> tokenizer_;           // of samples
   std::optional<std::string> tokenizer_identity_;  // of what made the corpus, if it is known
   SampleOrder order_;
   std::optional<int64_t> total_steps_;

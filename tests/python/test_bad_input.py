@@ -91,7 +91,7 @@ class CommandLine(BadInput):
         for command, option in (("tokenizer train", "input"), ("tokenizer train --input text.txt",
                                 "output"), ("tokenize text.txt --output a", "tokenizer"),
                                 ("tokenize --tokenizer bytes --output a", "files"),
-                                ("train", "config"), ("eval --model run", "data"),
+                                ("train", "config"),
                                 ("eval --data bytes", "model"), ("generate", "model"),
                                 ("logits --model run", "tokens"), ("convert run", "to"),
                                 ("convert", "from")):
@@ -140,8 +140,31 @@ class CommandLine(BadInput):
                      "model.pth", "give --tokenizer", "sentencepiece:FILE")
 
     def test_with_a_tokenizer_larger_than_the_model(self):
-        self.refuses("generate --model run --tokenizer sentencepiece:words.model --prompt a", USAGE,
-                     "320 ids", "vocabulary is 256", "another tokenizer")
+        for command in ("generate --prompt a", "eval --text text.txt", "eval --lambada a.jsonl"):
+            self.refuses(f"{command} --model model.pth --tokenizer sentencepiece:words.model",
+                         USAGE, "320 ids", "vocabulary is 256", "another tokenizer")
+
+    def test_with_another_tokenizer_than_the_model_was_trained_with(self):
+        for command in ("generate --prompt a", "eval --text text.txt", "eval --lambada a.jsonl"):
+            for model in ("run", "model.safetensors"):
+                self.refuses(f"{command} --model {model} --tokenizer sentencepiece:words.model",
+                             USAGE, 'tokenizer "sentencepiece:words.model" is of the tokenizer '
+                             "sentencepiece:", "was trained with bytes")
+        self.refuses("eval --model run --data words", USAGE, "words.bin is of the tokenizer "
+                     "sentencepiece:", "was trained with bytes")
+        self.refuses("eval --model run --data bytes --baseline words", USAGE,
+                     "words.bin is of the tokenizer sentencepiece:", "was trained with bytes")
+
+    def test_of_eval_that_do_not_go_together(self):
+        self.refuses("eval --model run", USAGE, "one of --data, --text and --lambada", "0 are given")
+        self.refuses("eval --model run --data bytes --text text.txt", USAGE, "2 are given")
+        for options, unused in (("--lambada a.jsonl", "by-document by-position"),
+                                ("--text text.txt", "baseline=bytes"),
+                                ("--data bytes", "jsonl-key=a"),
+                                ("--data bytes --by-document", "baseline=bytes")):
+            for option in unused.split():
+                self.refuses(f"eval --model run {options} --{option}", USAGE,
+                             f"--{option.partition('=')[0]} has no use", "leave it out")
 
 
 class Files(BadInput):
@@ -334,6 +357,8 @@ class Corpora(BadInput):
         self.refuses("train --config new.toml --set data.validation=words", USAGE,
                      'data.validation = "words"', 'data.train = "bytes" with bytes',
                      "tokenize both with one tokenizer")
+        # Without a record of its tokenizer, ids that the model cannot know give a corpus away.
+        self.path("words.tokenizer.json").unlink()
         self.refuses("eval --model run --data words", FAILED, "words", "another tokenizer")
 
 

@@ -114,6 +114,54 @@ class Path:
         self.assertAlmostEqual(bits, loss / math.log(2) * record["num_tokens"] / text_bytes,
                                delta=1e-3)
 
+    def evaluate(self, *options):
+        return json.loads(self.rookery("eval", "--model", "run", "--json", *options))
+
+    def test_eval_of_text_files_is_that_of_the_corpus_documents_each_by_itself(self):
+        of_text = self.evaluate("--text", "validation.jsonl", "--by-document")
+        of_corpus = self.evaluate("--data", "validation", "--by-document")
+        for result in (of_text, of_corpus):
+            del result["source"]
+        self.assertEqual(of_text, of_corpus)
+        self.assertEqual(of_text["documents"]["count"], 200)
+        # The ends of the documents are not predicted.
+        record = json.loads((self.folder / "validation.tokenizer.json").read_text())
+        self.assertEqual(of_text["tokens"], record["num_tokens"] - 200)
+        self.assertAlmostEqual(of_text["bits_per_byte"], of_text["loss"] / math.log(2)
+                               * of_text["tokens"] / record["text_bytes"])
+        quantiles = [row["loss"] for row in of_text["documents"]["quantiles"]]
+        self.assertEqual(quantiles, sorted(quantiles))
+        self.assertEqual(quantiles[-1], of_text["documents"]["worst"][0]["loss"])
+        worst = of_text["documents"]["worst"][0]
+        rows = (self.folder / "validation.jsonl").read_text().splitlines()
+        self.assertEqual(worst["opening"], json.loads(rows[worst["document"]])["text"][:60]
+                         .replace("\n", " "))
+
+    def test_eval_falls_with_the_tokens_read_before(self):
+        result = self.evaluate("--data", "validation", "--by-position")
+        rows = result["positions"]
+        self.assertEqual([(row["first"], row["last"]) for row in rows],
+                         [(1, 1), (2, 2), (3, 4), (5, 8), (9, 16), (17, 32)])
+        self.assertEqual(sum(row["tokens"] for row in rows), result["tokens"])
+        mean = sum(row["tokens"] * row["loss"] for row in rows) / result["tokens"]
+        self.assertAlmostEqual(mean, result["loss"])
+        self.assertLess(rows[-1]["loss"], 0.9 * rows[0]["loss"])
+
+    def test_eval_prints_for_people_what_it_prints_as_json(self):
+        options = ("--data", "validation", "--baseline", "train")
+        result = self.evaluate(*options)
+        printed = losses(self.rookery("eval", "--model", "run", *options))
+        self.assertEqual(printed["model"], round(result["loss"], 4))
+        self.assertEqual(printed["bigram"], round(result["baselines"]["bigram"]["loss"], 4))
+        text = self.rookery("eval", "--model", "run", "--data", "validation", "--by-document",
+                            "--by-position").decode()
+        result = self.evaluate("--data", "validation", "--by-document")
+        self.assertIn(f"\ndocuments  mean {result['documents']['mean_loss']:.4f}  min ", text)
+        worst = result["documents"]["worst"][0]
+        self.assertIn(f"\nworst      loss {worst['loss']:.4f}  document {worst['document']}, "
+                      f"{worst['tokens']} tokens: {worst['opening']}\n", text)
+        self.assertRegex(text, r"\nposition   loss \S+  after 3 to 4 tokens \(\d+ predictions\)\n")
+
     def test_the_same_seed_gives_the_same_text_and_another_seed_another(self):
         def sample(seed):
             return self.rookery("generate", "--model", "run", "--prompt", self.prompt,

@@ -1,12 +1,13 @@
 #include <iostream>
+#include <optional>
 
 #include <ATen/ATen.h>
 
-#include "data/tokenizer_registry.h"
 #include "model/formats/format_registry.h"
 #include "model/weights.h"
 #include "train/commands/commands.h"
 #include "train/generate_text.h"
+#include "train/model_tokenizer.h"
 #include "train/run_folder.h"
 
 namespace rwkv {
@@ -14,21 +15,6 @@ namespace {
 
 constexpr const char* kExample =
     "rookery generate --model runs/mine --prompt \"In the beginning\" --length 100";
-
-// The tokenizer named, or the one the model's run was configured with.
-std::string tokenizer_spec(const cxxopts::ParseResult& parsed, const std::string& model_path) {
-  if (parsed.count("tokenizer") > 0) {
-    return parsed["tokenizer"].as<std::string>();
-  }
-  const auto config = config_in(read_weights(model_path));
-  if (!config || !config->data.tokenizer) {
-    throw std::invalid_argument(model_path +
-                                " does not say which tokenizer it was trained with; "
-                                "give --tokenizer, one of\n" +
-                                describe_tokenizer_specs());
-  }
-  return *config->data.tokenizer;
-}
 
 }  // namespace
 
@@ -67,7 +53,10 @@ int generate_command(int argc, char** argv) {
   }
   const ComputeDtype dtype = parse_dtype((*parsed)["dtype"].as<std::string>());
   const std::string path = find_model((*parsed)["model"].as<std::string>());
-  const auto tokenizer = open_tokenizer(tokenizer_spec(*parsed, path));
+  const auto spec = parsed->count("tokenizer") > 0
+                        ? std::optional((*parsed)["tokenizer"].as<std::string>())
+                        : std::nullopt;
+  const auto tokenizer = open_tokenizer_of(read_weights(path), spec);
   const RwkvModel model =
       open_model(path, dtype == ComputeDtype::kBf16 ? at::kBFloat16 : at::kFloat);
 
