@@ -27,6 +27,7 @@ constexpr Command kCommands[] = {
     {"eval", "loss of a model on a corpus", kNeedsTorch},
     {"generate", "continue a prompt", kNeedsTorch},
     {"logits", "a model's logits for given tokens", kNeedsTorch},
+    {"bench", "time a training step, decoding, single ops", kNeedsTorch},
     {"convert", "between .pth and .safetensors", &rwkv::convert_command},
 };
 

@@ -22,6 +22,7 @@ constexpr TorchCommand kTorchCommands[] = {
     {"eval", &eval_command},
     {"generate", &generate_command},
     {"logits", &logits_command},
+    {"bench", &bench_command},
 };
 
 int run(std::string_view name, int argc, char** argv) {

@@ -1,0 +1,56 @@
+// What every benchmark shares: repeated timing, rows of figures, and the machine's own rates, which
+// floors are made of. A floor is the time that the arithmetic or the bytes cannot go under on this
+// machine, at the rates measured in the same run.
+#pragma once
+
+#include <cstdint>
+#include <functional>
+#include <string>
+#include <utility>
+#include <vector>
+
+#include <ATen/core/Tensor.h>
+
+namespace rwkv {
+
+// Of repeated timings of one thing, in milliseconds.
+struct Spread {
+  double median = 0;
+  double min = 0;
+  double max = 0;
+  int64_t repeats = 0;
+};
+// Of at least one timing.
+Spread spread_of(std::vector<double> milliseconds);
+
+double milliseconds_of(const std::function<void()>& work);
+// Calls `work` `warm_up` times, then times it `repeats` times.
+Spread time_repeated(int64_t warm_up, int64_t repeats, const std::function<void()>& work);
+
+// One line of a benchmark's table; figures carry their units in their names ("floor_ms").
+struct BenchRow {
+  std::string what;
+  Spread ms;
+  std::vector<std::pair<std::string, double>> figures;
+};
+
+// A table to read: `what`, the median with its spread, then a column for every figure.
+std::string format_rows(const std::vector<BenchRow>& rows);
+// The same as a JSON array of objects: what, median_ms, min_ms, max_ms, repeats and the figures.
+std::string rows_to_json(const std::vector<BenchRow>& rows);
+
+// Runs `work` in a process of its own and returns its rows: what one benchmark leaves in memory and
+// in allocators does not show in the next one's figures. Call it before anything starts threads.
+// Throws std::runtime_error with the text of what `work` threw.
+std::vector<BenchRow> in_own_process(const std::function<std::vector<BenchRow>()>& work);
+
+// Rates on the threads that LibTorch is set to, each the best of a few tries.
+double matmul_flops_per_s(at::ScalarType dtype);  // of x W^T with 1024^3 multiplications
+double copy_bytes_per_s();                        // bytes read and written
+double read_bytes_per_s();
+
+// Memory of this process now and its highest so far, bytes, from /proc/self/status.
+int64_t resident_bytes();
+int64_t peak_resident_bytes();
+
+}  // namespace rwkv

@@ -1,0 +1,164 @@
+#include "train/bench_model.h"
+
+#include <ATen/ATen.h>
+
+#include "model/loss.h"
+#include "model/rwkv_model.h"
+#include "train/optimizer.h"
+
+namespace rwkv {
+namespace {
+
+constexpr uint64_t kSeed = 1;
+constexpr double kEmbRange = 1e-4;
+constexpr double kL2Wrap = 1e-4;
+constexpr double kLr = 1e-5;
+
+double element_size(at::ScalarType dtype) {
+  return static_cast<double>(c10::elementSize(dtype));
+}
+
+// Elements of the weights that multiply: every matrix but the embedding, which is looked up.
+double matrix_elements(RwkvModel model) {
+  double count = 0;
+  for (const auto& item : model->named_parameters()) {
+    if (item.value().dim() == 2 && item.key() != "emb.weight") {
+      count += static_cast<double>(item.value().numel());
+    }
+  }
+  return count;
+}
+
+// Bytes of all weights that one token's pass reads: one row of the embedding is nothing.
+double bytes_read_by_a_token(RwkvModel model) {
+  double bytes = 0;
+  for (const auto& item : model->named_parameters()) {
+    if (item.key() != "emb.weight") {
+      bytes += static_cast<double>(item.value().nbytes());
+    }
+  }
+  return bytes;
+}
+
+// Master weight, gradient and both moments in fp32, and the bf16 copy of the weights: read and
+// written once by an update, gradient and weights being one way.
+double optimizer_bytes(double parameters, at::ScalarType dtype) {
+  return parameters * (7 * sizeof(float) + (dtype == at::kBFloat16 ? element_size(dtype) : 0));
+}
+
+// Weights, gradients and moments, and what backward reads again: x, three mixed inputs, k, v, r and
+// the gated wkv; the sum with attention, two mixed inputs, r, its partner and dim_ffn wide the
+// hidden row; then ln_out's input and output and the logits.
+double formula_bytes(RwkvModel model, const StepShape& shape, at::ScalarType dtype) {
+  const ModelConfig& config = model->config();
+  const double states = static_cast<double>(model->num_parameters()) *
+                        (4 * sizeof(float) + (dtype == at::kBFloat16 ? element_size(dtype) : 0));
+  const int64_t per_layer = 9 * config.n_embd + 4 * config.dim_att + config.dim_ffn;
+  const double activations =
+      static_cast<double>(shape.batch_size * config.ctx_len) * element_size(dtype) *
+      static_cast<double>(config.n_layer * per_layer + 2 * config.n_embd + config.vocab_size);
+  return states + activations;
+}
+
+RwkvModel random_model(const ModelConfig& config) {
+  RwkvModel model(config);
+  model->initialise(kSeed, kEmbRange);
+  // Initial values of zero could make a product quicker than it will be.
+  const at::NoGradGuard no_grad;
+  for (at::Tensor& parameter : model->parameters()) {
+    if (parameter.dim() == 2) {
+      parameter.uniform_(-0.05, 0.05);
+    }
+  }
+  return model;
+}
+
+}  // namespace
+
+std::string describe(const ModelConfig& config, at::ScalarType dtype) {
+  return "L" + std::to_string(config.n_layer) + " D" + std::to_string(config.n_embd) + " V" +
+         std::to_string(config.vocab_size) + (dtype == at::kBFloat16 ? " bf16" : " fp32");
+}
+
+BenchRow bench_step(const StepShape& shape, at::ScalarType dtype, int64_t repeats) {
+  const double matmul_rate = matmul_flops_per_s(dtype);
+  const double copy_rate = copy_bytes_per_s();
+  const int64_t held_before = resident_bytes();
+  RwkvModel model = random_model(shape.model);
+  Optimizer optimizer(model, {}, dtype);
+  const at::Tensor tokens_BT =
+      at::randint(shape.model.vocab_size, {shape.batch_size, shape.model.ctx_len}, at::kLong);
+
+  std::vector<double> forward_ms, backward_ms, rest_ms;
+  const auto step = [&] {
+    optimizer.zero_gradient();
+    at::Tensor loss;
+    forward_ms.push_back(milliseconds_of([&] {
+      const ModelOutput output = model->forward(tokens_BT, model->initial_state(shape.batch_size));
+      loss = cross_entropy_loss(output.logits_BTV, tokens_BT, kL2Wrap);
+    }));
+    backward_ms.push_back(milliseconds_of([&] {
+      loss.backward();
+      optimizer.accumulate_gradient();
+    }));
+    rest_ms.push_back(milliseconds_of([&] { optimizer.step(kLr, optimizer.gradient_norm()); }));
+  };
+  constexpr int64_t kWarmUp = 2;
+  const Spread ms = time_repeated(kWarmUp, repeats, step);
+  const auto median_of_timed = [](const std::vector<double>& times) {
+    return spread_of({times.begin() + kWarmUp, times.end()}).median;
+  };
+
+  const auto tokens = static_cast<double>(tokens_BT.numel());
+  const double floor_s =
+      6 * tokens * matrix_elements(model) / matmul_rate +
+      optimizer_bytes(static_cast<double>(model->num_parameters()), dtype) / copy_rate;
+  return {.what = "step " + describe(shape.model, dtype) + " B" + std::to_string(shape.batch_size) +
+                  " T" + std::to_string(shape.model.ctx_len),
+          .ms = ms,
+          .figures = {{"tokens_per_s", tokens / ms.median * 1000},
+                      {"floor_ms", floor_s * 1000},
+                      {"forward_ms", median_of_timed(forward_ms)},
+                      {"backward_ms", median_of_timed(backward_ms)},
+                      {"rest_ms", median_of_timed(rest_ms)},
+                      {"peak_mb", static_cast<double>(peak_resident_bytes() - held_before) / 1e6},
+                      {"formula_mb", formula_bytes(model, shape, dtype) / 1e6}}};
+}
+
+std::vector<BenchRow> bench_decode(const ModelConfig& config,
+                                   int64_t prompt_len,
+                                   at::ScalarType dtype,
+                                   int64_t repeats) {
+  const double matmul_rate = matmul_flops_per_s(dtype);
+  const double read_rate = read_bytes_per_s();
+  const c10::InferenceMode inference;
+  RwkvModel model = random_model(config);
+  model->set_dtype(dtype);
+  const at::Tensor prompt_1T = at::randint(config.vocab_size, {1, prompt_len}, at::kLong);
+
+  State state = model->initial_state(1);
+  const Spread prefill_ms = time_repeated(1, std::max<int64_t>(repeats / 8, 3), [&] {
+    state = model->forward_last(prompt_1T, model->initial_state(1)).state;
+  });
+  const Spread token_ms = time_repeated(
+      16, repeats, [&] { state = model->forward_last(prompt_1T.slice(1, 0, 1), state).state; });
+
+  // The head runs for the prompt's last token alone.
+  const auto head_elements = static_cast<double>(config.vocab_size * config.n_embd);
+  const double prefill_flops =
+      2 *
+      (static_cast<double>(prompt_len) * (matrix_elements(model) - head_elements) + head_elements);
+  const auto row = [&](const std::string& what, const Spread& ms, double tokens, double floor_s) {
+    return BenchRow{
+        .what = what + " " + describe(config, dtype),
+        .ms = ms,
+        .figures = {{"tokens_per_s", tokens / ms.median * 1000}, {"floor_ms", floor_s * 1000}}};
+  };
+  return {row("prefill of " + std::to_string(prompt_len),
+              prefill_ms,
+              static_cast<double>(prompt_len),
+              prefill_flops / matmul_rate),
+          row("decode a token", token_ms, 1, bytes_read_by_a_token(model) / read_rate)};
+}
+
+}  // namespace rwkv

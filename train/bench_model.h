@@ -1,0 +1,37 @@
+// Timings of a whole model with random weights and tokens: a training step, and decoding.
+#pragma once
+
+#include <cstdint>
+
+#include <ATen/core/ScalarType.h>
+
+#include "model/model_config.h"
+#include "train/bench.h"
+
+namespace rwkv {
+
+struct StepShape {
+  ModelConfig model;       // ctx_len is T
+  int64_t batch_size = 8;  // B
+};
+
+// A training step as the trainer makes it: forward, backward, then the rest (gradient norm,
+// clipping, update). Figures:
+//   tokens_per_s, floor_ms (matrix products at the matmul rate, then the optimizer's bytes at the
+//   copy rate), forward_ms, backward_ms, rest_ms (medians),
+//   peak_mb of memory above what the process held before the model, and formula_mb: weights,
+//   gradients, moments and the activations that backward needs.
+BenchRow bench_step(const StepShape& shape, at::ScalarType dtype, int64_t repeats);
+
+// Two rows, batch 1: a prefill of `prompt_len` tokens in one pass, and one token after another with
+// the state handed on. Figures: tokens_per_s, floor_ms (prefill: the matrix products; a token: the
+// bytes of the weights it reads, at the read rate).
+std::vector<BenchRow> bench_decode(const ModelConfig& config,
+                                   int64_t prompt_len,
+                                   at::ScalarType dtype,
+                                   int64_t repeats);
+
+// "L6 D384 V256 fp32".
+std::string describe(const ModelConfig& config, at::ScalarType dtype);
+
+}  // namespace rwkv

@@ -1,0 +1,199 @@
+#include "train/bench.h"
+
+#include <iostream>
+#include <stdexcept>
+
+#include <ATen/Parallel.h>
+
+#include "data/atomic_file.h"
+#include "train/bench_model.h"
+#include "train/commands/commands.h"
+
+namespace rwkv {
+namespace {
+
+using cxxopts::ParseResult;
+using cxxopts::value;
+
+int64_t positive(const ParseResult& parsed, const std::string& name) {
+  const auto number = parsed[name].as<int64_t>();
+  if (number < 1) {
+    throw std::invalid_argument("--" + name + " " + std::to_string(number) + ": must be 1 or more");
+  }
+  return number;
+}
+
+void override_if_given(const ParseResult& parsed, const std::string& name, int64_t& number) {
+  if (parsed.count(name) > 0) {
+    number = positive(parsed, name);
+  }
+}
+
+void add_shape_options(cxxopts::OptionAdder& add) {
+  add("shape",
+      "S (L6 D384 V256 B8 T256), M (L12 D768 V50277 B4 T128) or both",
+      value<std::string>()->default_value("both"));
+  add("n-layer", "instead of the shape's", value<int64_t>());
+  add("n-embd", "instead of the shape's", value<int64_t>());
+  add("vocab", "vocabulary size, instead of the shape's", value<int64_t>());
+}
+
+void add_batch_options(cxxopts::OptionAdder& add) {
+  add("batch", "sequences a step, instead of the shape's", value<int64_t>());
+  add("ctx-len", "tokens a sequence, instead of the shape's", value<int64_t>());
+}
+
+void add_run_options(cxxopts::OptionAdder& add, const std::string& repeats) {
+  add("dtype", "fp32, bf16 or both", value<std::string>()->default_value("both"));
+  add("threads", "default: one a core", value<int64_t>());
+  add("repeats", "timings after the warm-up", value<int64_t>()->default_value(repeats));
+  add("json",
+      "write the figures as JSON to this file; - prints them instead of the table",
+      value<std::string>());
+}
+
+// S is trained in minutes on a laptop; M is the smallest released RWKV-4.
+std::vector<StepShape> shapes_of(const ParseResult& parsed) {
+  const std::string name = parsed["shape"].as<std::string>();
+  if (name != "S" && name != "M" && name != "both") {
+    throw std::invalid_argument("--shape " + name + ": expected S, M or both");
+  }
+  std::vector<StepShape> shapes;
+  if (name != "M") {
+    shapes.push_back({.model = {.n_layer = 6, .n_embd = 384, .vocab_size = 256, .ctx_len = 256},
+                      .batch_size = 8});
+  }
+  if (name != "S") {
+    shapes.push_back({.model = {.n_layer = 12, .n_embd = 768, .vocab_size = 50277, .ctx_len = 128},
+                      .batch_size = 4});
+  }
+  for (StepShape& shape : shapes) {
+    override_if_given(parsed, "n-layer", shape.model.n_layer);
+    override_if_given(parsed, "n-embd", shape.model.n_embd);
+    override_if_given(parsed, "vocab", shape.model.vocab_size);
+  }
+  return shapes;
+}
+
+std::vector<at::ScalarType> dtypes_of(const ParseResult& parsed) {
+  const std::string name = parsed["dtype"].as<std::string>();
+  if (name == "both") {
+    return {at::kFloat, at::kBFloat16};
+  }
+  return {parse_dtype(name) == ComputeDtype::kBf16 ? at::kBFloat16 : at::kFloat};
+}
+
+// Runs `rows_of` for every shape and dtype, each in a process of its own.
+template <typename RowsOf>
+std::vector<BenchRow> rows_of_all(const ParseResult& parsed,
+                                  const std::vector<StepShape>& shapes,
+                                  const RowsOf& rows_of) {
+  std::vector<BenchRow> all;
+  for (const StepShape& shape : shapes) {
+    for (const at::ScalarType dtype : dtypes_of(parsed)) {
+      const auto rows = in_own_process([&] {
+        if (parsed.count("threads") > 0) {
+          at::set_num_threads(static_cast<int>(positive(parsed, "threads")));
+        }
+        return rows_of(shape, dtype);
+      });
+      all.insert(all.end(), rows.begin(), rows.end());
+    }
+  }
+  return all;
+}
+
+void report(const ParseResult& parsed, const std::vector<BenchRow>& rows) {
+  const std::string path = parsed.count("json") > 0 ? parsed["json"].as<std::string>() : "";
+  std::cout << (path == "-" ? rows_to_json(rows) : format_rows(rows));
+  if (!path.empty() && path != "-") {
+    AtomicFile file(path);
+    file.write(rows_to_json(rows));
+    file.commit();
+  }
+}
+
+int bench_step_command(int argc, char** argv) {
+  cxxopts::Options options("rookery bench step",
+                           "Times a training step on random weights and tokens.\n");
+  cxxopts::OptionAdder add = options.add_options();
+  add_shape_options(add);
+  add_batch_options(add);
+  add_run_options(add, "10");
+  const auto parsed =
+      parse_options(options, argc, argv, "rookery bench step --shape S --dtype bf16", {});
+  if (!parsed) {
+    return 0;
+  }
+  std::vector<StepShape> shapes = shapes_of(*parsed);
+  for (StepShape& shape : shapes) {
+    override_if_given(*parsed, "batch", shape.batch_size);
+    override_if_given(*parsed, "ctx-len", shape.model.ctx_len);
+  }
+  const int64_t repeats = positive(*parsed, "repeats");
+  report(*parsed, rows_of_all(*parsed, shapes, [&](const StepShape& shape, at::ScalarType dtype) {
+    return std::vector{bench_step(shape, dtype, repeats)};
+  }));
+  return 0;
+}
+
+int bench_decode_command(int argc, char** argv) {
+  cxxopts::Options options("rookery bench decode",
+                           "Times generation, one sequence at a time, on random weights.\n");
+  cxxopts::OptionAdder add = options.add_options();
+  add_shape_options(add);
+  add("prompt-len", "tokens of the prefill", value<int64_t>()->default_value("512"));
+  add_run_options(add, "64");
+  const auto parsed = parse_options(options, argc, argv, "rookery bench decode --shape M", {});
+  if (!parsed) {
+    return 0;
+  }
+  const int64_t prompt_len = positive(*parsed, "prompt-len");
+  const int64_t repeats = positive(*parsed, "repeats");
+  report(
+      *parsed,
+      rows_of_all(*parsed, shapes_of(*parsed), [&](const StepShape& shape, at::ScalarType dtype) {
+        return bench_decode(shape.model, prompt_len, dtype, repeats);
+      }));
+  return 0;
+}
+
+struct Benchmark {
+  std::string_view name;
+  std::string_view summary;
+  int (*run)(int argc, char** argv);
+};
+
+constexpr Benchmark kBenchmarks[] = {
+    {"step", "a training step", &bench_step_command},
+    {"decode", "prefill and single tokens", &bench_decode_command},
+};
+
+void print_help() {
+  std::cout << "Times parts of rookery on this machine, beside floors measured in the same run.\n\n"
+            << "Usage:\n  rookery bench WHAT [OPTION...]\n\nWHAT is one of\n";
+  for (const Benchmark& benchmark : kBenchmarks) {
+    std::cout << "  " << benchmark.name << std::string(12 - benchmark.name.size(), ' ')
+              << benchmark.summary << '\n';
+  }
+  std::cout << "\nEach has --help. Example:\n  rookery bench step --shape S\n";
+}
+
+}  // namespace
+
+int bench_command(int argc, char** argv) {
+  const std::string_view name = argc > 1 ? argv[1] : "--help";
+  if (name == "--help" || name == "-h") {
+    print_help();
+    return 0;
+  }
+  for (const Benchmark& benchmark : kBenchmarks) {
+    if (benchmark.name == name) {
+      return benchmark.run(argc - 1, argv + 1);
+    }
+  }
+  throw std::invalid_argument("rookery bench: there is no benchmark \"" + std::string(name) +
+                              "\"; rookery bench --help lists them");
+}
+
+}  // namespace rwkv
