@@ -35,6 +35,8 @@ class Tokenizer {
   // Number of rows a model's embedding needs: 1 + the largest id this tokenizer can name (World
   // rounds that up, as its models do; the ids added are not tokens).
   virtual int64_t vocab_size() const = 0;
+  // 1 + the largest id that stands for text: a model that writes text must not choose others.
+  virtual int64_t num_ids() const { return vocab_size(); }
   // The id that ends a document: 0 in World, 20B and bytes; </s> in sentencepiece, if it has one.
   virtual std::optional<int32_t> end_of_document() const = 0;
   // True if decode(encode(x)) == x for arbitrary bytes x, broken UTF-8 included.

@@ -32,6 +32,7 @@ class WorldTokenizer final : public Tokenizer {
   // and its models have 65536 rows. Ids that only the rounding added are not tokens: decode refuses
   // them.
   int64_t vocab_size() const override { return vocab_size_; }
+  int64_t num_ids() const override { return static_cast<int64_t>(starts_.size()) - 1; }
   std::optional<int32_t> end_of_document() const override { return 0; }
   bool is_lossless() const override { return true; }
   std::string identity() const override { return identity_; }

@@ -1,6 +1,5 @@
 #include "train/generate_text.h"
 
-#include <limits>
 #include <stdexcept>
 #include <vector>
 
@@ -11,15 +10,6 @@
 
 namespace rwkv {
 namespace {
-
-// Ids that stand for no text are never drawn; but the one that ends the document may be.
-at::Tensor ids_never_drawn(const Tokenizer& tokenizer, int64_t vocab_size) {
-  std::vector<int64_t> ids = ids_without_token(tokenizer, vocab_size);
-  if (const auto end = tokenizer.end_of_document()) {
-    std::erase(ids, *end);
-  }
-  return at::tensor(ids, at::kLong);
-}
 
 std::vector<int32_t> encode_prompt(const Tokenizer& tokenizer, const std::string& prompt) {
   std::vector<int32_t> ids;
@@ -48,10 +38,9 @@ void generate_text(RwkvModel model,
   at::Generator generator = at::make_generator<at::CPUGeneratorImpl>(options.seed);
   const at::Tensor prompt_1T = at::tensor(ids, at::kInt).to(at::kLong).unsqueeze(0);
   auto output = model->forward_last(prompt_1T, model->initial_state(1));
-  const at::Tensor never = ids_never_drawn(tokenizer, model->config().vocab_size);
   for (int64_t i = 0; i < options.length; ++i) {
-    const at::Tensor logits_V =
-        output.logits_BV[0].index_fill(0, never, -std::numeric_limits<double>::infinity());
+    // A vocabulary padded beyond the tokenizer's has ids that stand for no text.
+    const at::Tensor logits_V = output.logits_BV[0].slice(0, 0, tokenizer.num_ids());
     const int64_t token = sample_token(logits_V, options.sampling, generator);
     if (end && token == *end) {
       return;

@@ -1,6 +1,5 @@
 #include "train/model_tokenizer.h"
 
-#include <span>
 #include <stdexcept>
 
 #include "data/tokenizer_registry.h"
@@ -53,21 +52,6 @@ void require_vocabulary_for(const Tokenizer& tokenizer, int64_t vocab_size) {
                                 " ids but the model's vocabulary is " + std::to_string(vocab_size) +
                                 "; was the model trained with another tokenizer?");
   }
-}
-
-std::vector<int64_t> ids_without_token(const Tokenizer& tokenizer, int64_t vocab_size) {
-  std::vector<int64_t> ids;
-  std::string text;
-  for (int64_t i = 0; i < vocab_size; ++i) {
-    const auto id = static_cast<int32_t>(i);
-    text.clear();
-    try {
-      tokenizer.decode(std::span(&id, 1), text);
-    } catch (const std::invalid_argument&) {
-      ids.push_back(i);
-    }
-  }
-  return ids;
 }
 
 }  // namespace rwkv

@@ -5,7 +5,6 @@
 #include <memory>
 #include <optional>
 #include <string>
-#include <vector>
 
 #include "data/binidx.h"
 #include "data/tokenizer.h"
@@ -31,9 +30,5 @@ void require_tokenizer_of(const WeightFile& model, const BinidxFile& corpus);
 
 // Throws std::invalid_argument with both numbers if the tokenizer has more ids than the model.
 void require_vocabulary_for(const Tokenizer& tokenizer, int64_t vocab_size);
-
-// The ids below vocab_size that decode() refuses, in rising order: a vocabulary may be larger than
-// its tokenizer and may have gaps (65530 .. 65535 of a World model are no tokens).
-std::vector<int64_t> ids_without_token(const Tokenizer& tokenizer, int64_t vocab_size);
 
 }  // namespace rwkv

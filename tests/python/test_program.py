@@ -5,12 +5,14 @@ Run by ctest as: test_program.py PATH_OF_ROOKERY.
 
 import json
 import math
+import os
 import pathlib
 import re
 import struct
 import tempfile
 import tomllib
 import unittest
+import unittest.mock
 
 import support
 from support import rookery
@@ -270,6 +272,30 @@ class Help(unittest.TestCase):
 
     def test_says_which_version_it_is(self):
         self.assertRegex(rookery("--version").decode(), r"^rookery \d+\.\d+\.\d+\n$")
+
+
+class Bench(support.Folder):
+    def rows(self, *arguments):
+        return json.loads(rookery("bench", *arguments, "--json", "-", cwd=self.folder))
+
+    def test_of_tokenizers_reads_the_text_it_is_given(self):
+        support.write_text(self.folder / "a.txt", ["Grüße"] * 1000)
+        support.write_text(self.folder / "b.jsonl", [json.dumps({"text": "more"})])
+        (row,) = self.rows("tokenizer", "--tokenizer", "bytes", "--text", "a.txt",
+                           "--text", "b.jsonl", "--repeats", 2)
+        self.assertEqual((row["what"], row["repeats"], row["tokens"]), ("tokenizer bytes", 2, 8004))
+        self.assertAlmostEqual(row["mb_per_s"], 8.004 / row["median_ms"], delta=1e-3)
+        printed = rookery("bench", "tokenizer", "--megabytes", 1, "--tokenizer", "bytes").decode()
+        self.assertRegex(printed, r"(?m)^tokenizer bytes +\d\S* \[\S+-\S+\] +\S+ +1000000 ")
+
+    def test_of_the_start_ends_with_the_first_step_and_leaves_nothing(self):
+        with unittest.mock.patch.dict(os.environ, TMPDIR=str(self.folder)):
+            helped, trained = self.rows("startup", "--repeats", 1)
+        self.assertEqual(helped["what"], "rookery --help")
+        self.assertIn("train to its first step", trained["what"])
+        # LibTorch alone takes longer to load than all of the help.
+        self.assertLess(helped["max_ms"], trained["min_ms"] / 2)
+        self.assertEqual(support.listing(self.folder), {})
 
 
 class Paths(support.Folder):

@@ -2,7 +2,6 @@
 #include <gtest/gtest.h>
 
 #include "data/byte_tokenizer.h"
-#include "data/world_tokenizer.h"
 #include "tests/support/test_data.h"
 #include "train/model_tokenizer.h"
 #include "train/run_folder.h"
@@ -11,7 +10,6 @@ namespace rwkv {
 namespace {
 
 using testing::AllOf;
-using testing::ElementsAre;
 using testing::HasSubstr;
 
 WeightFile model_file(const std::string& key, const std::string& value) {
@@ -71,15 +69,6 @@ TEST(RequireVocabularyFor, NamesBothSizes) {
   EXPECT_NO_THROW(require_vocabulary_for(ByteTokenizer(), 300));
   EXPECT_THAT(THROWN_TEXT(std::invalid_argument, require_vocabulary_for(ByteTokenizer(), 255)),
               AllOf(HasSubstr("256 ids"), HasSubstr("vocabulary is 255")));
-}
-
-TEST(IdsWithoutToken, AreThoseBeyondTheTokenizerAndInItsGaps) {
-  EXPECT_THAT(ids_without_token(ByteTokenizer(), 256), ElementsAre());
-  EXPECT_THAT(ids_without_token(ByteTokenizer(), 259), ElementsAre(256, 257, 258));
-  const std::string vocabulary = test::find_test_data("tokenizers/rwkv_vocab_v20230424.txt");
-  SKIP_WITHOUT(vocabulary);
-  EXPECT_THAT(ids_without_token(WorldTokenizer(vocabulary), 65537),
-              ElementsAre(65530, 65531, 65532, 65533, 65534, 65535, 65536));
 }
 
 }  // namespace

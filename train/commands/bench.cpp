@@ -1,12 +1,16 @@
 #include "train/bench.h"
 
+#include <filesystem>
 #include <iostream>
 #include <stdexcept>
 
 #include <ATen/Parallel.h>
 
 #include "data/atomic_file.h"
+#include "data/tokenizer_registry.h"
 #include "train/bench_model.h"
+#include "train/bench_startup.h"
+#include "train/bench_tokenizer.h"
 #include "train/commands/commands.h"
 
 namespace rwkv {
@@ -43,13 +47,17 @@ void add_batch_options(cxxopts::OptionAdder& add) {
   add("ctx-len", "tokens a sequence, instead of the shape's", value<int64_t>());
 }
 
-void add_run_options(cxxopts::OptionAdder& add, const std::string& repeats) {
-  add("dtype", "fp32, bf16 or both", value<std::string>()->default_value("both"));
-  add("threads", "default: one a core", value<int64_t>());
+void add_repeat_options(cxxopts::OptionAdder& add, const std::string& repeats) {
   add("repeats", "timings after the warm-up", value<int64_t>()->default_value(repeats));
   add("json",
       "write the figures as JSON to this file; - prints them instead of the table",
       value<std::string>());
+}
+
+void add_run_options(cxxopts::OptionAdder& add, const std::string& repeats) {
+  add("dtype", "fp32, bf16 or both", value<std::string>()->default_value("both"));
+  add("threads", "default: one a core", value<int64_t>());
+  add_repeat_options(add, repeats);
 }
 
 // S is trained in minutes on a laptop; M is the smallest released RWKV-4.
@@ -158,6 +166,61 @@ int bench_decode_command(int argc, char** argv) {
   return 0;
 }
 
+int bench_tokenizer_command(int argc, char** argv) {
+  cxxopts::Options options(
+      "rookery bench tokenizer",
+      "Times tokenizers on one thread.\n\nTokenizers:\n" + describe_tokenizer_specs());
+  cxxopts::OptionAdder add = options.add_options();
+  add("tokenizer",
+      "see above; may be given several times; default: world and bytes",
+      value<std::vector<std::string>>());
+  add("text",
+      "a .txt or .jsonl file, also .gz or .zst; may be given several times; default: a text of "
+      "invented words, which real text only resembles",
+      value<std::vector<std::string>>());
+  add("megabytes", "of the invented text", value<int64_t>()->default_value("16"));
+  add_repeat_options(add, "5");
+  const auto parsed = parse_options(
+      options, argc, argv, "rookery bench tokenizer --tokenizer world --text book.txt", {});
+  if (!parsed) {
+    return 0;
+  }
+  const int64_t repeats = positive(*parsed, "repeats");
+  const int64_t invented_bytes = positive(*parsed, "megabytes") * 1'000'000;
+  std::vector<std::string> documents;
+  if (parsed->count("text") > 0) {
+    TextReader reader((*parsed)["text"].as<std::vector<std::string>>(), {});
+    documents = read_documents(reader);
+  } else {
+    documents = invented_documents(invented_bytes);
+  }
+  std::vector<std::string> specs{"world", "bytes"};
+  if (parsed->count("tokenizer") > 0) {
+    specs = (*parsed)["tokenizer"].as<std::vector<std::string>>();
+  }
+  std::vector<BenchRow> rows;
+  for (const std::string& spec : specs) {
+    rows.push_back(bench_tokenizer(spec, documents, repeats));
+  }
+  report(*parsed, rows);
+  return 0;
+}
+
+int bench_startup_command(int argc, char** argv) {
+  cxxopts::Options options("rookery bench startup",
+                           "Times the program's start: of its help, and of training up to the end "
+                           "of the first step.\n");
+  cxxopts::OptionAdder add = options.add_options();
+  add_repeat_options(add, "5");
+  const auto parsed = parse_options(options, argc, argv, "rookery bench startup", {});
+  if (!parsed) {
+    return 0;
+  }
+  const std::string program = std::filesystem::read_symlink("/proc/self/exe").string();
+  report(*parsed, bench_startup(program, positive(*parsed, "repeats")));
+  return 0;
+}
+
 struct Benchmark {
   std::string_view name;
   std::string_view summary;
@@ -167,6 +230,8 @@ struct Benchmark {
 constexpr Benchmark kBenchmarks[] = {
     {"step", "a training step", &bench_step_command},
     {"decode", "prefill and single tokens", &bench_decode_command},
+    {"tokenizer", "text to tokens", &bench_tokenizer_command},
+    {"startup", "from the command line to the first step", &bench_startup_command},
 };
 
 void print_help() {
