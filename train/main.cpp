@@ -28,6 +28,7 @@ constexpr Command kCommands[] = {
     {"generate", "continue a prompt", kNeedsTorch},
     {"logits", "a model's logits for given tokens", kNeedsTorch},
     {"convert", "between .pth and .safetensors", &rwkv::convert_command},
+    {"inspect", "what is in a model, run, corpus or tokenizer", &rwkv::inspect_command},
     {"report", "a page with a run's curves, or comparing runs", &rwkv::report_command},
 };
 
