@@ -81,4 +81,15 @@ inline bool append_utf8(uint32_t code, std::string& text) {
   return true;
 }
 
+// `text` with U+FFFD for every byte that starts no well-formed character.
+inline std::string replace_malformed_utf8(std::string_view text) {
+  std::string valid;
+  while (!text.empty()) {
+    const size_t length = utf8_char_length(text);
+    valid.append(length == 0 ? "\xef\xbf\xbd" : text.substr(0, length));
+    text.remove_prefix(length == 0 ? 1 : length);
+  }
+  return valid;
+}
+
 }  // namespace rwkv

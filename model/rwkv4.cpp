@@ -29,41 +29,6 @@ void resolve(ModelConfig& config) {
   }
 }
 
-bool recognises(const TensorShapes& shapes) {
-  return shapes.contains("blocks.0.att.time_first") && shapes.contains("blocks.0.att.time_mix_k") &&
-         !shapes.contains("blocks.0.att.ln_x.weight");
-}
-
-// Size of an axis of a tensor that has to have `rank` axes.
-int64_t size_of_axis(const TensorShapes& shapes,
-                     const std::string& name,
-                     size_t rank,
-                     size_t axis) {
-  const auto found = shapes.find(name);
-  if (found == shapes.end()) {
-    throw std::runtime_error(name + " is missing, and every rwkv4 model has it");
-  }
-  if (found->second.size() != rank) {
-    throw std::runtime_error(name + " has " + std::to_string(found->second.size()) +
-                             " axes, expected " + std::to_string(rank));
-  }
-  return found->second[axis];
-}
-
-ModelConfig config_of(const TensorShapes& shapes) {
-  ModelConfig config;
-  config.version = "rwkv4";
-  config.vocab_size = size_of_axis(shapes, "emb.weight", 2, 0);
-  config.n_embd = size_of_axis(shapes, "emb.weight", 2, 1);
-  config.dim_att = size_of_axis(shapes, "blocks.0.att.key.weight", 2, 0);
-  config.dim_ffn = size_of_axis(shapes, "blocks.0.ffn.key.weight", 2, 0);
-  config.n_layer = 0;
-  while (shapes.contains("blocks." + std::to_string(config.n_layer) + ".ln1.weight")) {
-    ++config.n_layer;
-  }
-  return config;
-}
-
 at::Tensor initial_wkv(const ModelConfig& config,
                        int64_t batch_size,
                        const at::TensorOptions& options) {
@@ -231,8 +196,8 @@ ModelVersion rwkv4_version() {
   return {
       .name = "rwkv4",
       .resolve = &resolve,
-      .recognises = &recognises,
-      .config_of = &config_of,
+      .recognises = &is_rwkv4,
+      .config_of = &rwkv4_config_of,
       .make_time_mix = [](const ModelConfig& config, int64_t) -> std::shared_ptr<TimeMix> {
         return std::make_shared<Rwkv4TimeMix>(config);
       },

@@ -2,23 +2,17 @@
 #pragma once
 
 #include <cstdint>
-#include <functional>
-#include <map>
 #include <memory>
-#include <string>
 #include <string_view>
-#include <vector>
 
 #include <ATen/core/Generator.h>
 #include <ATen/core/Tensor.h>
 
 #include "model/block.h"
 #include "model/model_config.h"
+#include "model/version_shapes.h"
 
 namespace rwkv {
-
-// Names and shapes of a weight file's tensors: all that telling a version and its sizes needs.
-using TensorShapes = std::map<std::string, std::vector<int64_t>, std::less<>>;
 
 // How the trainer treats a parameter.
 struct ParameterTraits {

@@ -134,14 +134,6 @@ std::vector<TensorToWrite> to_write(const NamedTensors& tensors) {
   return result;
 }
 
-TensorShapes shapes_of(const WeightFile& file) {
-  TensorShapes shapes;
-  for (const StoredTensor& tensor : file.tensors) {
-    shapes[tensor.name] = tensor.shape;
-  }
-  return shapes;
-}
-
 bool matches_any(const std::vector<std::string>& patterns, const std::string& name) {
   return std::any_of(patterns.begin(), patterns.end(), [&](const std::string& pattern) {
     return fnmatch(pattern.c_str(), name.c_str(), 0) == 0;

@@ -25,8 +25,6 @@ at::Tensor to_tensor(const StoredTensor& stored);
 // Descriptions of CPU tensors for a writer; they must stay alive and be contiguous.
 std::vector<TensorToWrite> to_write(const NamedTensors& tensors);
 
-TensorShapes shapes_of(const WeightFile& file);
-
 // Whether a tensor's name matches one of the patterns, which are those of file names: * any
 // characters, ? one, [a-z] one of a set.
 bool matches_any(const std::vector<std::string>& patterns, const std::string& name);

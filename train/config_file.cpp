@@ -327,6 +327,17 @@ toml::table parse_option_value(const std::string& place,
   }
 }
 
+toml::table parse_document(std::string_view text, const std::string& name) {
+  if (const auto unreadable = find_unreadable(text)) {
+    fail(name + ":" + std::to_string(unreadable->line), unreadable->what);
+  }
+  try {
+    return toml::parse(text, name);
+  } catch (const toml::parse_error& error) {
+    fail(place_of(name, error.source()), std::string(error.description()));
+  }
+}
+
 }  // namespace
 
 std::optional<std::string> to_toml_value(const ConfigTarget& target) {
@@ -419,15 +430,7 @@ const ConfigField& ConfigReader::require_field(const std::string& place,
 
 void ConfigReader::read(std::string_view text, const std::string& name) {
   file_name_ = name;
-  if (const auto unreadable = find_unreadable(text)) {
-    fail(name + ":" + std::to_string(unreadable->line), unreadable->what);
-  }
-  toml::table document;
-  try {
-    document = toml::parse(text, name);
-  } catch (const toml::parse_error& error) {
-    fail(place_of(name, error.source()), std::string(error.description()));
-  }
+  const toml::table document = parse_document(text, name);
   for (const auto& [section_key, section_node] : in_file_order(document)) {
     const std::string section_place = place_of(name, section_key->source());
     const std::string section_name(section_key->str());
@@ -480,6 +483,37 @@ std::string ConfigReader::with_place(std::string_view error) const {
   const auto found = places_.find(key);
   const std::string& place = found == places_.end() ? file_name_ : found->second;
   return place.empty() ? std::string(error) : place + ": " + std::string(error);
+}
+
+std::vector<std::pair<std::string, std::string>> list_values(std::string_view text,
+                                                             const std::string& name) {
+  const toml::table document = parse_document(text, name);
+  std::vector<std::pair<std::string, std::string>> values;
+  const auto add = [&](const std::string& key, const toml::node& node) {
+    if (const auto real = node.value_exact<double>()) {
+      // As to_toml writes it: TOML++ shows more digits than it takes.
+      double copy = *real;
+      values.emplace_back(key, *to_toml_value(&copy));
+      return;
+    }
+    if (auto string = node.value_exact<std::string>()) {
+      values.emplace_back(key, *to_toml_value(&*string));
+      return;
+    }
+    std::ostringstream value;
+    node.visit([&](const auto& any) { value << toml::toml_formatter(any); });
+    values.emplace_back(key, value.str());
+  };
+  for (const auto& [section, node] : in_file_order(document)) {
+    if (!node->is_table()) {
+      add(std::string(section->str()), *node);
+      continue;
+    }
+    for (const auto& [key, value] : in_file_order(*node->as_table())) {
+      add(std::string(section->str()) + "." + std::string(key->str()), *value);
+    }
+  }
+  return values;
 }
 
 }  // namespace rwkv

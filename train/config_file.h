@@ -119,4 +119,10 @@ class ConfigReader {
   std::map<std::string, std::string, std::less<>> places_;  // by "section.key"
 };
 
+// Every value of a document with its key ("section.key") and as TOML, in the file's order: to show
+// a file of another release of the program, whose keys are not ours. Throws as ConfigReader::read
+// does for a text that is no TOML.
+std::vector<std::pair<std::string, std::string>> list_values(std::string_view text,
+                                                             const std::string& name);
+
 }  // namespace rwkv

@@ -22,7 +22,6 @@ namespace {
 constexpr std::string_view kFilePrefix = "events.out.tfevents.";
 constexpr std::string_view kFileVersion = "brain.Event:2";
 constexpr std::string_view kTextPlugin = "text";
-constexpr std::string_view kReplacement = "\xef\xbf\xbd";  // U+FFFD
 
 // Values of TensorBoard's enumerations.
 constexpr uint64_t kFloat = 1;
@@ -72,17 +71,6 @@ T load(std::string_view bytes) {
 template <typename T>
 void append(std::string& buffer, T value) {
   buffer.append(reinterpret_cast<const char*>(&value), sizeof(value));
-}
-
-// `text` without what is not UTF-8: TensorBoard refuses an event for it.
-std::string valid_utf8(std::string_view text) {
-  std::string valid;
-  while (!text.empty()) {
-    const size_t length = utf8_char_length(text);
-    valid.append(length == 0 ? kReplacement : text.substr(0, length));
-    text.remove_prefix(std::max(length, size_t{1}));
-  }
-  return valid;
 }
 
 std::string as_code_block(std::string_view text) {
@@ -258,16 +246,16 @@ EventWriter::EventWriter(const std::string& folder, int64_t resumed_step, double
 
 void EventWriter::scalar(std::string_view tag, int64_t step, double time_s, double value) {
   MessageWriter point;
-  point.bytes(1, valid_utf8(tag));
+  point.bytes(1, replace_malformed_utf8(tag));
   point.real(2, static_cast<float>(value));
   add_record(summary_event(time_s, step, point));
 }
 
 void EventWriter::text(std::string_view tag, int64_t step, double time_s, std::string_view text) {
   MessageWriter value;
-  value.bytes(1, valid_utf8(tag));
+  value.bytes(1, replace_malformed_utf8(tag));
   value.bytes(9, text_metadata());
-  value.bytes(8, text_tensor(as_code_block(valid_utf8(text))));
+  value.bytes(8, text_tensor(as_code_block(replace_malformed_utf8(text))));
   add_record(summary_event(time_s, step, value));
 }
 

@@ -29,6 +29,8 @@ constexpr Command kCommands[] = {
     {"logits", "a model's logits for given tokens", kNeedsTorch},
     {"bench", "time a training step, decoding, single ops", kNeedsTorch},
     {"convert", "between .pth and .safetensors", &rwkv::convert_command},
+    {"inspect", "what is in a model, run, corpus or tokenizer", &rwkv::inspect_command},
+    {"report", "a page with a run's curves, or comparing runs", &rwkv::report_command},
 };
 
 void print_help() {

@@ -1,0 +1,138 @@
+"""The page of `rookery report`: that it is whole, needs nothing from elsewhere, and says the numbers."""
+
+import html.parser
+import json
+import re
+
+import support
+
+VOID = {"meta", "link", "br", "img", "input", "hr"}
+
+
+class Page(html.parser.HTMLParser):
+    """Collects tags and text, and sees that every tag is closed in its place."""
+
+    def __init__(self, text):
+        super().__init__()
+        self.open, self.tags, self.texts = [], [], []
+        self.feed(text)
+        self.close()
+        assert not self.open, f"not closed: {self.open}"
+
+    def handle_starttag(self, tag, attributes):
+        self.tags.append((tag, dict(attributes)))
+        if tag not in VOID:
+            self.open.append(tag)
+
+    def handle_startendtag(self, tag, attributes):
+        self.tags.append((tag, dict(attributes)))
+
+    def handle_endtag(self, tag):
+        assert self.open and self.open[-1] == tag, f"</{tag}> within {self.open}"
+        self.open.pop()
+
+    def handle_data(self, data):
+        if self.open and self.open[-1] not in ("style", "script"):
+            self.texts.append(data)
+
+    @property
+    def text(self):
+        return " ".join(self.texts)
+
+
+def write_run(folder, steps=100, tokens_per_step=256, **config):
+    folder.mkdir()
+    lines = []
+    for step in range(1, steps + 1):
+        line = {"step": step, "total_steps": steps, "tokens": step * tokens_per_step,
+                "loss": 5 / step, "smoothed_loss": 5.25 / step, "lr": 1e-3, "grad_norm": 2.0,
+                "tokens_per_s": 1234.0, "time": 1.7e9 + step, "elapsed_s": 2.0 * step,
+                "mfu": 0.405, "data_wait": 0.01, "memory_bytes": 300 << 20}
+        if step % 50 == 0:
+            line["validation_loss"] = 0.0625
+        lines.append(json.dumps(line))
+    support.write_text(folder / "metrics.jsonl", lines)
+    support.write_config(folder / "config.toml", model={"n_layer": 2, **config})
+    return folder
+
+
+class Report(support.Folder):
+    def report(self, *runs):
+        path = self.folder / "page.html"
+        support.rookery("report", *runs, "--output", path)
+        text = path.read_text(encoding="utf-8")
+        page = Page(text)
+        self.assertNotRegex(text, r"https?:|//[a-z]|url\(|@import|<link|\bsrc=")
+        self.assertEqual({tag for tag, _ in page.tags} & {"iframe", "object", "embed", "img"}, set())
+        return page
+
+    def charts(self, page):
+        return [a["aria-label"] for tag, a in page.tags if tag == "svg"]
+
+    def test_says_the_numbers_of_a_run(self):
+        page = self.report(write_run(self.folder / "first"))
+        for number in ("25,600", "0.0525", "0.0625", "1,234", "40.5 %", "300 MiB", "3m20s"):
+            self.assertIn(number, page.text)
+        self.assertEqual(len(self.charts(page)), 7)
+        self.assertIn("n_layer", page.text)
+
+    def test_draws_every_point_inside_the_picture(self):
+        page = self.report(write_run(self.folder / "first"))
+        curves = {a["data-name"]: a["d"] for tag, a in page.tags if tag == "path" and "data-name" in a}
+        points = [tuple(map(int, p)) for p in re.findall(r"[ML](-?\d+) (-?\d+)", curves["each step"])]
+        self.assertEqual(len(points), 100)
+        self.assertTrue(all(0 <= x <= 10000 and 0 <= y <= 10000 for x, y in points))
+        self.assertEqual(sorted(points), points)
+        self.assertEqual(curves["validation"].count("L"), 1)
+
+    def test_escapes_what_runs_say(self):
+        evil = "</pre><script>alert('x')</script>&amp; \"q\""
+        run = write_run(self.folder / "<b>run", version=evil)
+        support.write_text(run / "samples.jsonl", [json.dumps(
+            {"step": 1, "tokens": 2, "prompt": evil, "text": "said " + evil})])
+        support.write_text(run / "starts.jsonl", [json.dumps({"time": 1.7e9, "step": 0, "command": evil})])
+        page = self.report(run)
+        self.assertEqual([tag for tag, _ in page.tags].count("script"), 1)
+        self.assertNotIn("b", {tag for tag, a in page.tags if tag == "b" and a})
+        self.assertGreaterEqual(page.text.count(evil), 3)
+
+    def test_marks_restarts(self):
+        run = write_run(self.folder / "run")
+        starts = [{"time": 1.7e9 + step, "step": step, "processor": "P"} for step in (0, 40, 60)]
+        support.write_text(run / "starts.jsonl", map(json.dumps, starts))
+        page = self.report(run)
+        marks = [a for tag, a in page.tags if a.get("class", "").startswith("mark")]
+        self.assertEqual(len(marks), 2 * 7)
+        self.assertIn("2023-11-14 22:14 UTC", page.text)
+
+    def test_compares_runs(self):
+        first = write_run(self.folder / "first", n_embd=32)
+        second = write_run(self.folder / "second", tokens_per_step=512, n_embd=64)
+        page = self.report(first, second)
+        self.assertIn("2 runs compared", page.text)
+        self.assertIn("51,200", page.text)
+        # Steps of different sizes are compared over tokens.
+        self.assertIn("Loss over tokens", self.charts(page))
+        before_each = page.text.split("Each run")[0]
+        self.assertIn("model.n_embd", before_each)
+        self.assertNotIn("n_layer", before_each)
+
+    def test_says_what_is_broken(self):
+        run = write_run(self.folder / "run")
+        with open(run / "metrics.jsonl", "a", encoding="utf-8") as file:
+            file.write("nonsense\n")
+        page = self.report(run)
+        self.assertIn("metrics.jsonl:101: is no line that a run writes; left out", page.text)
+
+    def test_refuses_what_is_no_run(self):
+        done = support.run("report", self.folder, "--output", self.folder / "page.html")
+        self.assertEqual(done.returncode, 1)
+        self.assertIn("holds no metrics.jsonl", support.error_message(done.stderr))
+        self.assertEqual(support.run("report", self.folder).returncode, 2)
+        run = write_run(self.folder / "run")
+        done = support.run("report", run, "--output", self.folder / "no" / "page.html")
+        self.assertEqual(done.returncode, 1)
+
+
+if __name__ == "__main__":
+    support.main()

@@ -1,0 +1,116 @@
+#include <cmath>
+#include <limits>
+
+#include <gmock/gmock.h>
+#include <gtest/gtest.h>
+
+#include "train/chart.h"
+
+namespace rwkv {
+namespace {
+
+using testing::AllOf;
+using testing::Contains;
+using testing::ElementsAre;
+using testing::HasSubstr;
+using testing::IsEmpty;
+using testing::Not;
+using testing::SizeIs;
+
+constexpr double kNan = std::numeric_limits<double>::quiet_NaN();
+
+Chart chart_of(std::vector<double> y, Scale scale = Scale::kLinear) {
+  Curve curve{.name = "a", .colour = 0, .kind = CurveKind::kLine, .x = {}, .y = std::move(y)};
+  for (size_t i = 0; i < curve.y.size(); ++i) {
+    curve.x.push_back(static_cast<double>(i));
+  }
+  return {.title = "Loss", .unit = "nats", .scale = scale, .curves = {curve}, .marks = {}};
+}
+
+TEST(Ticks, AreRound) {
+  EXPECT_THAT(linear_ticks(0, 20000, 5), ElementsAre(0, 5000, 10000, 15000, 20000));
+  EXPECT_THAT(tick_texts(linear_ticks(1.9, 2.35, 5)),
+              ElementsAre("1.9", "2.0", "2.1", "2.2", "2.3"));
+  EXPECT_THAT(linear_ticks(3, 3, 5), ElementsAre(3));
+}
+
+TEST(Ticks, OfALogarithmicAxisAreFewHoweverWideItIs) {
+  EXPECT_THAT(log_ticks(1.3, 7.5, 6), ElementsAre(1.5, 2, 3, 5, 7));
+  EXPECT_THAT(log_ticks(0.5, 60, 6), ElementsAre(0.5, 1, 2, 5, 10, 20, 50));
+  EXPECT_THAT(log_ticks(1e-30, 1e30, 6), SizeIs(testing::Le(8)));
+}
+
+TEST(Ticks, HaveTheSameDecimalsAndUnit) {
+  EXPECT_THAT(tick_texts({1.5, 2}), ElementsAre("1.5", "2.0"));
+  EXPECT_THAT(tick_texts({0, 50000, 100000}), ElementsAre("0", "50k", "100k"));
+  EXPECT_THAT(tick_texts({0, 2500000}), ElementsAre("0", "2.5M"));
+  EXPECT_THAT(tick_texts({0.0002, 0.0004}), ElementsAre("0.0002", "0.0004"));
+  EXPECT_THAT(tick_texts({2000, 4000}), ElementsAre("2000", "4000"));
+}
+
+TEST(VisiblePoints, KeepASpikeOfOneStepInAMillion) {
+  Curve curve;
+  for (int i = 0; i < 1'000'000; ++i) {
+    curve.x.push_back(i);
+    curve.y.push_back(i == 654'321 ? 9 : 1);
+  }
+  const auto points = visible_points(curve, 0, 999'999, 600);
+  EXPECT_THAT(points, Contains(654'321));
+  EXPECT_LE(points.size(), 2405U);
+  EXPECT_EQ(points.front(), 0U);
+  EXPECT_EQ(points.back(), 999'999U);
+}
+
+TEST(VisiblePoints, OfAShortCurveAreAll) {
+  const Curve curve = chart_of({3, 1, 2}).curves[0];
+  EXPECT_THAT(visible_points(curve, 0, 2, 600), ElementsAre(0, 1, 2));
+}
+
+TEST(ColumnMeans, LeaveOutWhatIsNotThere) {
+  const Curve means = column_means(chart_of({1, 3, kNan, 5, kNan, kNan}).curves[0], 3);
+  EXPECT_THAT(means.y, ElementsAre(2, 5, testing::IsNan()));
+}
+
+TEST(DrawnChart, RunsFromCornerToCorner) {
+  // 4 % above and below, and y counts from the top.
+  EXPECT_THAT(draw_chart(chart_of({1, 2}), {}, 600), HasSubstr("d=\"M0 9630L10000 370\""));
+}
+
+TEST(DrawnChart, BreaksALineWhereAValueIsMissing) {
+  const std::string html = draw_chart(chart_of({1, 1, kNan, 2, 2}), {}, 600);
+  EXPECT_THAT(html, HasSubstr("d=\"M0 9630L2500 9630M7500 370L10000 370\""));
+}
+
+TEST(DrawnChart, JoinsRareDots) {
+  Chart chart = chart_of({1, kNan, 2});
+  chart.curves[0].kind = CurveKind::kDots;
+  const std::string html = draw_chart(chart, {}, 600);
+  EXPECT_THAT(html, AllOf(HasSubstr("d=\"M0 9630L10000 370\""), HasSubstr("h0M10000 370h0\"")));
+}
+
+TEST(DrawnChart, IsLogarithmicWhereThatHelps) {
+  EXPECT_THAT(draw_chart(chart_of({1, 100}, Scale::kLog), {}, 600), HasSubstr("data-log=\"1\""));
+  EXPECT_THAT(draw_chart(chart_of({1, 2}, Scale::kLog), {}, 600), HasSubstr("data-log=\"0\""));
+  EXPECT_THAT(draw_chart(chart_of({0, 100}, Scale::kLog), {}, 600), HasSubstr("data-log=\"0\""));
+}
+
+TEST(DrawnChart, WithoutANumberIsNothing) {
+  EXPECT_EQ(draw_chart(chart_of({kNan, std::numeric_limits<double>::infinity(), 1e308}), {}, 600),
+            "");
+  EXPECT_EQ(draw_chart(chart_of({}), {}, 600), "");
+}
+
+TEST(DrawnChart, OfOneValueHasNoPlaceThatIsNotANumber) {
+  for (const double value : {0.0, 5.0, -5.0, 1e140, 5e-324}) {
+    EXPECT_THAT(draw_chart(chart_of({value}, Scale::kFromZero), {}, 600), Not(HasSubstr("nan")));
+    EXPECT_THAT(draw_chart(chart_of({value, value}, Scale::kLog), {}, 600), Not(HasSubstr("nan")));
+  }
+}
+
+TEST(EscapedHtml, HoldsNothingThatHtmlReads) {
+  EXPECT_EQ(escape_html("<a href=\"x\">'&"), "&lt;a href=&quot;x&quot;&gt;&#39;&amp;");
+  EXPECT_EQ(escape_html("a\x01\xff\n"), "a\xef\xbf\xbd\xef\xbf\xbd\n");
+}
+
+}  // namespace
+}  // namespace rwkv

@@ -1,0 +1,531 @@
+#include "train/report_page.h"
+
+#include <algorithm>
+#include <cmath>
+#include <ctime>
+#include <set>
+#include <stdexcept>
+
+#include <fmt/format.h>
+
+#include "data/number_text.h"
+#include "train/chart.h"
+#include "train/metrics.h"
+#include "train/report_style.h"
+
+namespace rwkv {
+namespace {
+
+// Columns of a chart for one run, and in all: as many as a wide screen shows, and no more points
+// than keep the page small.
+constexpr size_t kChartColumns = 600;
+constexpr size_t kColumnsOfAllRuns = 2400;
+constexpr size_t kSamplesShown = 20;
+constexpr size_t kSampleBytes = 6000;
+constexpr size_t kStartsShown = 50;
+
+constexpr const char* kUnknown = "–";
+
+// Beyond that many rows a noisy line is drawn faint, and means of it on top.
+constexpr size_t kMeanColumns = 120;
+
+constexpr size_t kValidationColour = 1;
+constexpr size_t kRestartColour = 6;
+
+std::string number(double value, int decimals) {
+  return std::isfinite(value) ? fmt::format("{:.{}f}", value, decimals) : kUnknown;
+}
+
+std::string count(double value) {
+  return std::isfinite(value) && value >= 0 ? grouped(static_cast<uint64_t>(value)) : kUnknown;
+}
+
+std::string bytes_text(double bytes) {
+  constexpr double kGib = 1024.0 * 1024 * 1024;
+  if (!std::isfinite(bytes)) {
+    return kUnknown;
+  }
+  return bytes >= kGib ? fmt::format("{:.2f} GiB", bytes / kGib)
+                       : fmt::format("{:.0f} MiB", bytes / (1024 * 1024));
+}
+
+std::string duration(double seconds) {
+  return std::isfinite(seconds) && seconds >= 0 ? format_duration(seconds) : kUnknown;
+}
+
+std::string time_text(double time_s) {
+  const auto time = static_cast<std::time_t>(time_s);
+  std::tm parts{};
+  if (!(time_s > 0) || time_s > 1e11 || gmtime_r(&time, &parts) == nullptr) {
+    return kUnknown;
+  }
+  return fmt::format("{}-{:02}-{:02} {:02}:{:02} UTC",
+                     parts.tm_year + 1900,
+                     parts.tm_mon + 1,
+                     parts.tm_mday,
+                     parts.tm_hour,
+                     parts.tm_min);
+}
+
+double best(const std::vector<double>& values) {
+  double least = std::nan("");
+  for (const double value : values) {
+    least = std::isnan(least) || value < least ? value : least;
+  }
+  return least;
+}
+
+double greatest(const std::vector<double>& values) {
+  double most = std::nan("");
+  for (const double value : values) {
+    most = std::isnan(most) || value > most ? value : most;
+  }
+  return most;
+}
+
+double median(std::vector<double> values) {
+  std::erase_if(values, [](double value) { return std::isnan(value); });
+  if (values.empty()) {
+    return std::nan("");
+  }
+  const auto middle = values.begin() + static_cast<std::ptrdiff_t>(values.size() / 2);
+  std::nth_element(values.begin(), middle, values.end());
+  return *middle;
+}
+
+// Times the run went on after it had begun.
+std::vector<double> restart_steps(const RunRecord& run) {
+  std::vector<double> steps;
+  for (size_t i = 1; i < run.starts.size(); ++i) {
+    steps.push_back(static_cast<double>(run.starts[i].step));
+  }
+  return steps;
+}
+
+// ---- Figures ----------------------------------------------------------------------------------
+
+struct Figure {
+  std::string name;
+  std::string value;
+};
+
+std::vector<Figure> figures_of(const RunRecord& run) {
+  const MetricsTable& table = run.metrics;
+  const double step = table.last(Metric::kStep);
+  const double total = table.last(Metric::kTotalSteps);
+  const double mfu = median(table.column(Metric::kMfu));
+  const double wait = median(table.column(Metric::kDataWait));
+  std::vector<Figure> figures = {
+      {"Steps", count(step) + (std::isfinite(total) && total != step ? " of " + count(total) : "")},
+      {"Tokens", count(table.last(Metric::kTokens))},
+      {"Loss, smoothed", number(table.last(Metric::kSmoothedLoss), 4)},
+      {"Validation, last", number(table.last(Metric::kValidationLoss), 4)},
+      {"Validation, best", number(best(table.column(Metric::kValidationLoss)), 4)},
+      {"Tokens/s, median", count(median(table.column(Metric::kTokensPerS)))},
+      {"MFU, median", number(100 * mfu, 1) + (std::isfinite(mfu) ? " %" : "")},
+      {"Data wait, median", number(100 * wait, 1) + (std::isfinite(wait) ? " %" : "")},
+      {"Peak memory", bytes_text(greatest(table.column(Metric::kMemoryBytes)))},
+      {"Training time", duration(table.last(Metric::kElapsedS))},
+      {"Restarts", run.starts.empty() ? kUnknown : std::to_string(run.starts.size() - 1)},
+  };
+  return figures;
+}
+
+std::string draw_tiles(const RunRecord& run) {
+  std::string html = "<dl class=\"tiles\">";
+  for (const Figure& figure : figures_of(run)) {
+    if (figure.value != kUnknown) {
+      html += "<div><dt>" + figure.name + "</dt><dd>" + figure.value + "</dd></div>";
+    }
+  }
+  return html + "</dl>\n";
+}
+
+std::string head_of_runs(std::span<const RunRecord> runs, const char* corner, const char* column) {
+  std::string html = fmt::format("<div class=\"scroll\"><table><thead><tr><th>{}</th>", corner);
+  for (size_t i = 0; i < runs.size(); ++i) {
+    html += fmt::format(
+        "<th{}><span class=\"key c{}\">{}</span></th>", column, i % 8, escape_html(runs[i].name));
+  }
+  return html + "</tr></thead><tbody>";
+}
+
+std::string draw_figure_table(std::span<const RunRecord> runs) {
+  std::vector<std::vector<Figure>> figures;
+  for (const RunRecord& run : runs) {
+    figures.push_back(figures_of(run));
+  }
+  std::string html = "<h2>Final figures</h2>" + head_of_runs(runs, "", " class=\"n\"");
+  for (size_t row = 0; row < figures[0].size(); ++row) {
+    std::string cells;
+    bool any = false;
+    for (const std::vector<Figure>& of_run : figures) {
+      cells += "<td class=\"n\">" + of_run[row].value + "</td>";
+      any = any || of_run[row].value != kUnknown;
+    }
+    html += any ? "<tr><th>" + figures[0][row].name + "</th>" + cells + "</tr>" : "";
+  }
+  return html + "</tbody></table></div>\n";
+}
+
+// ---- Curves -----------------------------------------------------------------------------------
+
+// Tokens of a step if all runs have one number of them, so that both can stand below a chart.
+double common_tokens_per_step(std::span<const RunRecord> runs) {
+  double common = 0;
+  for (const RunRecord& run : runs) {
+    const auto& steps = run.metrics.column(Metric::kStep);
+    const auto& tokens = run.metrics.column(Metric::kTokens);
+    for (size_t i = 0; i < steps.size(); ++i) {
+      const double ratio = tokens[i] / steps[i];
+      if (!std::isfinite(ratio) || (common != 0 && std::abs(ratio - common) > 1e-6 * common)) {
+        return 0;
+      }
+      common = ratio;
+    }
+  }
+  return common;
+}
+
+class Charts {
+ public:
+  explicit Charts(std::span<const RunRecord> runs) : runs_(runs) {
+    const double tokens_per_step = common_tokens_per_step(runs);
+    if (tokens_per_step > 0) {
+      axis_ = {"step", "tokens", tokens_per_step};
+    } else {
+      x_ = Metric::kTokens;
+      axis_ = {"tokens", "", 0};
+    }
+    columns_ = std::clamp(kColumnsOfAllRuns / runs.size(), size_t{60}, kChartColumns);
+  }
+
+  std::string draw() {
+    std::string html = draw_loss();
+    html += draw_metric("Learning rate", "", Metric::kLr, Scale::kFromZero, 1);
+    html += draw_metric("Gradient norm", "before clipping", Metric::kGradNorm, Scale::kLog, 1);
+    html += draw_metric("Speed", "tokens/s", Metric::kTokensPerS, Scale::kFromZero, 1);
+    html +=
+        draw_metric("MFU", "% of the machine's matrix rate", Metric::kMfu, Scale::kFromZero, 100);
+    html +=
+        draw_metric("Waiting for data", "% of step time", Metric::kDataWait, Scale::kFromZero, 100);
+    constexpr double kMib = 1024.0 * 1024;
+    html += draw_metric(
+        "Peak memory", "MiB resident", Metric::kMemoryBytes, Scale::kFromZero, 1 / kMib);
+    return html;
+  }
+
+ private:
+  Curve curve(const RunRecord& run, Metric metric, double factor) const {
+    Curve curve{.name = run.name,
+                .colour = static_cast<size_t>(&run - runs_.data()),
+                .kind = CurveKind::kLine,
+                .x = run.metrics.column(x_),
+                .y = run.metrics.column(metric)};
+    for (double& value : curve.y) {
+      value *= factor;
+    }
+    return curve;
+  }
+
+  std::string draw_loss() const {
+    Chart chart{
+        .title = "Loss", .unit = "nats a token", .scale = Scale::kLog, .curves = {}, .marks = {}};
+    const bool single = runs_.size() == 1;
+    for (const RunRecord& run : runs_) {
+      if (single) {
+        chart.curves.push_back(curve(run, Metric::kLoss, 1));
+        chart.curves.back().name = "each step";
+        chart.curves.back().kind = CurveKind::kFaint;
+      }
+      chart.curves.push_back(curve(run, Metric::kSmoothedLoss, 1));
+      chart.curves.back().name = single ? "smoothed" : run.name;
+    }
+    for (const RunRecord& run : runs_) {
+      Curve validation = curve(run, Metric::kValidationLoss, 1);
+      if (std::isnan(run.metrics.last(Metric::kValidationLoss))) {
+        continue;
+      }
+      validation.name = single ? "validation" : run.name + ", validation";
+      validation.colour = single ? kValidationColour : validation.colour;
+      validation.kind = CurveKind::kDots;
+      chart.curves.push_back(std::move(validation));
+    }
+    chart.marks = marks();
+    return draw_chart(chart, axis_, columns_);
+  }
+
+  std::string draw_metric(
+      const char* title, const char* unit, Metric metric, Scale scale, double factor) const {
+    Chart chart{.title = title, .unit = unit, .scale = scale, .curves = {}, .marks = marks()};
+    for (const RunRecord& run : runs_) {
+      Curve raw = curve(run, metric, factor);
+      raw.name = runs_.size() == 1 ? title : run.name;
+      if (metric != Metric::kLr && metric != Metric::kMemoryBytes) {
+        add_noisy(std::move(raw), chart);
+      } else {
+        chart.curves.push_back(std::move(raw));
+      }
+    }
+    return draw_chart(chart, axis_, columns_);
+  }
+
+  // A line of means, and behind it, faint, what they are of.
+  void add_noisy(Curve raw, Chart& chart) const {
+    if (raw.x.size() < 2 * kMeanColumns) {
+      chart.curves.push_back(std::move(raw));
+      return;
+    }
+    const Curve means = column_means(raw, kMeanColumns);
+    raw.kind = CurveKind::kFaint;
+    raw.name = runs_.size() == 1 ? "each step" : "";
+    chart.curves.push_back(std::move(raw));
+    chart.curves.push_back(means);
+    if (runs_.size() == 1) {
+      chart.curves.back().name = "mean";
+    }
+  }
+
+  std::vector<Mark> marks() const {
+    std::vector<Mark> marks;
+    for (const RunRecord& run : runs_) {
+      const auto& steps = run.metrics.column(Metric::kStep);
+      for (const double step : restart_steps(run)) {
+        // Where on the axis the step is that came next.
+        const auto next = std::ranges::upper_bound(steps, step);
+        if (next != steps.end()) {
+          const auto row = static_cast<size_t>(next - steps.begin());
+          const size_t colour =
+              runs_.size() == 1 ? kRestartColour : static_cast<size_t>(&run - runs_.data());
+          marks.push_back({x_ == Metric::kStep ? step : run.metrics.column(x_)[row], colour});
+        }
+      }
+    }
+    return marks;
+  }
+
+  std::span<const RunRecord> runs_;
+  Metric x_ = Metric::kStep;
+  Axis axis_;
+  size_t columns_ = kChartColumns;
+};
+
+std::string draw_curves(std::span<const RunRecord> runs) {
+  Charts charts(runs);
+  const std::string drawn = charts.draw();
+  std::string html = "<h2>Curves</h2>\n";
+  const bool restarted =
+      std::ranges::any_of(runs, [](const RunRecord& run) { return run.starts.size() > 1; });
+  if (restarted) {
+    html += "<p class=\"quiet\">Dashed lines mark where a run was started again.</p>";
+  }
+  return html + (drawn.empty() ? "<p class=\"quiet\">No step has been logged yet.</p>\n"
+                               : "<div class=\"charts\">\n" + drawn + "</div>\n");
+}
+
+// ---- Samples, configuration, environment ------------------------------------------------------
+
+std::string shortened(const std::string& text) {
+  return text.size() <= kSampleBytes ? text : text.substr(0, kSampleBytes) + " [...]";
+}
+
+std::string draw_sample(const RunSample& sample, bool open) {
+  // Whichever way the run wrote it, the prompt is shown once.
+  std::string_view text = sample.text;
+  if (text.starts_with(sample.prompt)) {
+    text.remove_prefix(sample.prompt.size());
+  }
+  return fmt::format(
+      "<details{}><summary>Step {} <span class=\"quiet\">after {} tokens</span></summary>"
+      "<pre><b>{}</b>{}</pre></details>\n",
+      open ? " open" : "",
+      count(static_cast<double>(sample.step)),
+      count(static_cast<double>(sample.tokens)),
+      escape_html(shortened(sample.prompt)),
+      escape_html(shortened(std::string(text))));
+}
+
+// The last comes first; of many, some from first to last.
+std::string draw_samples(const RunRecord& run) {
+  if (run.samples.empty()) {
+    return "";
+  }
+  const size_t shown = std::min(run.samples.size(), kSamplesShown);
+  std::string html = "<h2>Samples</h2>\n";
+  if (shown < run.samples.size()) {
+    html += fmt::format(
+        "<p class=\"quiet\">{} of {}, spread over the run.</p>", shown, run.samples.size());
+  }
+  for (size_t i = 0; i < shown; ++i) {
+    const size_t from_end = shown == 1 ? 0 : i * (run.samples.size() - 1) / (shown - 1);
+    html += draw_sample(run.samples[run.samples.size() - 1 - from_end], i == 0);
+  }
+  return html;
+}
+
+std::string draw_facts(const TextTable& facts) {
+  std::string html = "<div class=\"scroll\"><table class=\"facts\"><tbody>";
+  std::string section;
+  for (const auto& [key, value] : facts) {
+    const size_t dot = key.find('.');
+    if (dot != key.npos && key.substr(0, dot) != section) {
+      section = key.substr(0, dot);
+      html += "<tr class=\"section\"><th colspan=\"2\">[" + escape_html(section) + "]</th></tr>";
+    }
+    html += "<tr><th>" + escape_html(dot == key.npos ? key : key.substr(dot + 1)) + "</th><td>" +
+            escape_html(value) + "</td></tr>";
+  }
+  return html + "</tbody></table></div>\n";
+}
+
+std::string draw_differences(std::span<const RunRecord> runs) {
+  std::vector<std::string> keys;
+  for (const RunRecord& run : runs) {
+    for (const auto& [key, value] : run.config) {
+      // A run's own folder always differs.
+      if (key != "train.run_dir" && std::ranges::find(keys, key) == keys.end()) {
+        keys.push_back(key);
+      }
+    }
+  }
+  std::string rows;
+  for (const std::string& key : keys) {
+    std::set<std::string_view> values;
+    std::string row = "<tr><th><code>" + escape_html(key) + "</code></th>";
+    for (const RunRecord& run : runs) {
+      const std::string_view value = find(run.config, key);
+      values.insert(value);
+      row += "<td><code>" + (value.empty() ? kUnknown : escape_html(value)) + "</code></td>";
+    }
+    rows += values.size() > 1 ? row + "</tr>" : "";
+  }
+  if (rows.empty()) {
+    return "<p class=\"quiet\">The configurations are equal.</p>\n";
+  }
+  return head_of_runs(runs, "Keys that differ", "") + rows + "</tbody></table></div>\n";
+}
+
+std::string readable_fact(const std::string& key, const std::string& value) {
+  char* end = nullptr;
+  const double amount = std::strtod(value.c_str(), &end);
+  if (end == value.c_str() || *end != '\0') {
+    return value;
+  }
+  if (key == "time") {
+    return time_text(amount);
+  }
+  if (key.ends_with("_bytes")) {
+    return bytes_text(amount);
+  }
+  return key == "parameters" || key == "train_tokens" || key == "tokens" || key == "step"
+             ? count(amount)
+             : value;
+}
+
+std::string draw_starts(const RunRecord& run) {
+  constexpr const char* kColumns[] = {
+      "processor", "cores", "threads", "memory_bytes", "rookery", "libtorch"};
+  std::string html;
+  const size_t first = run.starts.size() - std::min(run.starts.size(), kStartsShown);
+  if (first > 0) {
+    html += fmt::format(
+        "<p class=\"quiet\">The last {} of {} starts.</p>", kStartsShown, run.starts.size());
+  }
+  html += "<div class=\"scroll\"><table><thead><tr><th>Started</th><th class=\"n\">after step</th>";
+  for (const char* column : kColumns) {
+    html += "<th>" + std::string(column) + "</th>";
+  }
+  html += "</tr></thead><tbody>";
+  for (size_t i = first; i < run.starts.size(); ++i) {
+    const RunStart& start = run.starts[i];
+    html += "<tr><td>" + time_text(start.time_s) + "</td><td class=\"n\">" +
+            count(static_cast<double>(start.step)) + "</td>";
+    for (const char* column : kColumns) {
+      html += "<td>" + escape_html(readable_fact(column, std::string(find(start.facts, column)))) +
+              "</td>";
+    }
+    html += "</tr>";
+  }
+  return html + "</tbody></table></div>\n";
+}
+
+std::string draw_environment(const RunRecord& run) {
+  if (run.starts.empty()) {
+    return "";
+  }
+  TextTable facts = run.starts.back().facts;
+  for (auto& [key, value] : facts) {
+    value = readable_fact(key, value);
+  }
+  return "<h2>Environment</h2>\n" +
+         (run.starts.size() > 1 ? draw_starts(run) + "<p></p><p class=\"quiet\">The last start:</p>"
+                                : "") +
+         draw_facts(facts);
+}
+
+std::string draw_config(const RunRecord& run) {
+  return run.config.empty() ? "" : "<h2>Configuration</h2>\n" + draw_facts(run.config);
+}
+
+std::string draw_notes(const RunRecord& run) {
+  std::string html;
+  for (const std::string& note : run.notes) {
+    html += "<p class=\"note\">" + escape_html(note) + "</p>\n";
+  }
+  return html;
+}
+
+std::string when(const RunRecord& run) {
+  const double end = run.metrics.last(Metric::kTime);
+  const double begin = run.starts.empty() ? std::nan("") : run.starts.front().time_s;
+  std::string text = escape_html(run.folder);
+  if (std::isfinite(begin)) {
+    text += ", begun " + time_text(begin);
+  }
+  if (std::isfinite(end)) {
+    text += ", last step logged " + time_text(end);
+  }
+  return "<p class=\"quiet\">" + text + "</p>\n";
+}
+
+std::string draw_one(const RunRecord& run) {
+  return "<h1>" + escape_html(run.name) + "</h1>\n" + when(run) + draw_notes(run) +
+         draw_tiles(run) + draw_curves({&run, 1}) + draw_samples(run) + draw_config(run) +
+         draw_environment(run);
+}
+
+std::string draw_several(std::span<const RunRecord> runs) {
+  std::string html = fmt::format("<h1>{} runs compared</h1>\n", runs.size());
+  for (const RunRecord& run : runs) {
+    html += draw_notes(run);
+  }
+  html += draw_figure_table(runs) + draw_curves(runs) + "<h2>Configuration</h2>\n" +
+          draw_differences(runs);
+  html += "<h2>Each run</h2>\n";
+  for (const RunRecord& run : runs) {
+    html += "<details><summary>" + escape_html(run.name) + "</summary>" + when(run) +
+            draw_samples(run) + draw_config(run) + draw_environment(run) + "</details>\n";
+  }
+  return html;
+}
+
+}  // namespace
+
+std::string make_report(std::span<const RunRecord> runs) {
+  if (runs.empty()) {
+    throw std::invalid_argument("a report needs a run; give the folder of one");
+  }
+  const std::string title =
+      runs.size() == 1 ? runs[0].name : fmt::format("{} runs compared", runs.size());
+  return fmt::format(
+      "<!DOCTYPE html>\n<html lang=\"en\"><head><meta charset=\"utf-8\">"
+      "<meta name=\"viewport\" content=\"width=device-width, initial-scale=1\">"
+      "<title>{}</title><style>{}</style></head>\n<body><main>\n{}"
+      "<footer>Written by rookery report.</footer></main><script>{}</script></body></html>\n",
+      escape_html(title),
+      kReportStyle,
+      runs.size() == 1 ? draw_one(runs[0]) : draw_several(runs),
+      kReportScript);
+}
+
+}  // namespace rwkv
