@@ -177,6 +177,11 @@ stage generate \
   --model "$run/model" --tokenizer "sentencepiece:$run/bible.model" \
   --prompt "$prompt" --length 200 --temperature 0.8 --top-p 0.9 --seed 1
 
+stage report \
+  --in "$done_folder/train" \
+  --out "$run/report.html" \
+  --run "$rookery" report "$run/model" --output "$run/report.html"
+
 stage convert-pth \
   --in "$done_folder/train" \
   --out "$run/bible.pth" \
@@ -199,8 +204,11 @@ All done in $((SECONDS / 60)) min $((SECONDS % 60)) s. What is where:
   $run/eval.txt                     loss and perplexity beside unigram and bigram
   $run/sample.txt                   the text it wrote
   $run/bible.pth, bible.safetensors the model, for other programs
+  $run/report.html                  the run in pictures: curves, samples, configuration
 
 More text:
 
   $rookery generate --model $run/model --tokenizer sentencepiece:$run/bible.model --prompt "And the king said"
+
+Look at the run: open $run/report.html in a browser
 END
