@@ -378,13 +378,25 @@ void Trainer::finish_step(const StepResult& result, ProgressMeter& meter, RunLog
   meter.exclude_seconds(now_seconds() - pause_s);
 }
 
-double Trainer::validate() {
-  const Evaluation evaluation = evaluate(model_,
-                                         *validation_corpus_,
-                                         {.ctx_len = config_.model.ctx_len,
-                                          .batch_size = config_.micro_batch_sequences(),
-                                          .max_tokens = config_.train.validation_tokens});
-  return evaluation.loss;
+std::optional<double> Trainer::validate() {
+  // A validation may take minutes, and a scheduler that asks to stop does not wait for them.
+  struct Stopped {};
+  const auto stop_if_asked = [](int64_t) {
+    if (stop_signal() != 0) {
+      throw Stopped();
+    }
+  };
+  try {
+    return evaluate(model_,
+                    *validation_corpus_,
+                    {.ctx_len = config_.model.ctx_len,
+                     .batch_size = config_.micro_batch_sequences(),
+                     .max_tokens = config_.train.validation_tokens,
+                     .progress = stop_if_asked})
+        .loss;
+  } catch (const Stopped&) {
+    return std::nullopt;
+  }
 }
 
 void Trainer::write_sample(const StepRecord& record, RunLog& log) {

@@ -78,7 +78,7 @@ class Trainer {
   std::optional<RunEnd> end() const;
   bool is_step_of(std::optional<int64_t> every) const;
   void finish_step(const StepResult& result, ProgressMeter& meter, RunLog& log);
-  double validate();
+  std::optional<double> validate();  // nothing if a signal asked to stop meanwhile
   void write_sample(const StepRecord& record, RunLog& log);
   void save(RunLog& log);
 
