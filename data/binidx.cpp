@@ -399,6 +399,12 @@ void BinidxWriter::finish(int64_t text_bytes) {
                              "is no corpus to write; expected one or more");
   }
   record_.text_bytes = text_bytes;
+  // A full disk shows here, while an older corpus of the same name is still whole.
+  bin_.prepare();
+  AtomicFile record(prefix_ + ".tokenizer.json");
+  write_record(record);
+  AtomicFile index(prefix_ + ".idx");
+  write_index(index);
   // Without an .idx nothing can be read: from here to the last commit there is none.
   const std::string idx_path = prefix_ + ".idx";
   if (::unlink(idx_path.c_str()) != 0 && errno != ENOENT) {
@@ -407,11 +413,11 @@ void BinidxWriter::finish(int64_t text_bytes) {
   const std::string folder = std::filesystem::path(idx_path).parent_path().string();
   sync_folder(folder.empty() ? "." : folder);
   bin_.commit();
-  write_record();
-  write_index();
+  record.commit();
+  index.commit();
 }
 
-void BinidxWriter::write_record() {
+void BinidxWriter::write_record(AtomicFile& file) const {
   nlohmann::ordered_json json;
   json["identity"] = record_.identity;
   json["vocab_size"] = record_.vocab_size;
@@ -421,14 +427,12 @@ void BinidxWriter::write_record() {
   }
   json["text_bytes"] = record_.text_bytes;
   json["num_tokens"] = num_tokens_;
-  AtomicFile file(prefix_ + ".tokenizer.json");
   file.write(json.dump(2) + "\n");
-  file.commit();
+  file.prepare();
 }
 
-void BinidxWriter::write_index() {
+void BinidxWriter::write_index(AtomicFile& file) const {
   const auto num_items = static_cast<int64_t>(sizes_.size());
-  AtomicFile file(prefix_ + ".idx");
   file.write(std::string_view(kMagic, sizeof kMagic));
   append(file, uint64_t{1});
   append(file, static_cast<uint8_t>(dtype_));
@@ -449,7 +453,7 @@ void BinidxWriter::write_index() {
     }
   }
   append(file, num_items);
-  file.commit();
+  file.prepare();
 }
 
 }  // namespace rwkv
