@@ -345,30 +345,37 @@ BinidxWriter::BinidxWriter(const std::string& prefix,
 
 BinidxWriter::~BinidxWriter() = default;
 
-void BinidxWriter::write_id(int32_t id) {
-  if (item_tokens_ == max_item_tokens_) {
-    end_item();
-    continuing_items_.push_back(static_cast<int64_t>(sizes_.size()));
+void BinidxWriter::write_ids(std::span<const int32_t> ids) {
+  while (!ids.empty()) {
+    if (item_tokens_ == max_item_tokens_) {
+      end_item();
+      continuing_items_.push_back(static_cast<int64_t>(sizes_.size()));
+    }
+    const auto room = static_cast<size_t>(max_item_tokens_ - item_tokens_);
+    const auto part = ids.first(std::min(ids.size(), room));
+    ids = ids.subspan(part.size());
+    if (dtype_ == TokenDtype::kU16) {
+      narrow_.assign(part.begin(), part.end());
+      bin_.write(std::as_bytes(std::span(narrow_)));
+    } else {
+      bin_.write(std::as_bytes(part));
+    }
+    item_tokens_ += static_cast<int64_t>(part.size());
+    num_tokens_ += static_cast<int64_t>(part.size());
   }
-  if (dtype_ == TokenDtype::kU16) {
-    append(bin_, static_cast<uint16_t>(id));
-  } else {
-    append(bin_, id);
-  }
-  ++item_tokens_;
-  ++num_tokens_;
 }
 
 void BinidxWriter::add_tokens(std::span<const int32_t> ids) {
-  for (const int32_t id : ids) {
-    if (id < 0 || id >= record_.vocab_size) {
+  for (size_t i = 0; i < ids.size(); ++i) {
+    if (ids[i] < 0 || ids[i] >= record_.vocab_size) {
       throw std::invalid_argument(
-          prefix_ + ".bin: token " + counted(num_tokens_) + " is to have id " + std::to_string(id) +
-          ", but the vocabulary of " + record_.identity + " has " + counted(record_.vocab_size) +
-          " ids (0 to " + std::to_string(record_.vocab_size - 1) + ")");
+          prefix_ + ".bin: token " + counted(num_tokens_ + static_cast<int64_t>(i)) +
+          " is to have id " + std::to_string(ids[i]) + ", but the vocabulary of " +
+          record_.identity + " has " + counted(record_.vocab_size) + " ids (0 to " +
+          std::to_string(record_.vocab_size - 1) + ")");
     }
-    write_id(id);
   }
+  write_ids(ids);
   in_document_ = in_document_ || !ids.empty();
 }
 
@@ -382,7 +389,7 @@ void BinidxWriter::end_document() {
     return;
   }
   if (record_.end_of_document.has_value()) {
-    write_id(*record_.end_of_document);
+    write_ids({&*record_.end_of_document, 1});
   }
   end_item();
   ++num_documents_;

@@ -119,7 +119,7 @@ class BinidxWriter {
   int64_t num_documents() const { return num_documents_; }
 
  private:
-  void write_id(int32_t id);
+  void write_ids(std::span<const int32_t> ids);
   void end_item();
   void write_index(AtomicFile& file) const;
   void write_record(AtomicFile& file) const;
@@ -129,6 +129,7 @@ class BinidxWriter {
   int64_t max_item_tokens_;
   TokenDtype dtype_;
   AtomicFile bin_;
+  std::vector<uint16_t> narrow_;  // ids on their way to a u16 file
   std::vector<int32_t> sizes_;
   std::vector<int64_t> continuing_items_;  // items that do not start a document; rising
   int64_t num_tokens_ = 0;
