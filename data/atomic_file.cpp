@@ -6,8 +6,11 @@
 #include <cstring>
 #include <filesystem>
 #include <stdexcept>
+#include <utility>
 
 #include <fcntl.h>
+#include <sys/file.h>
+#include <sys/stat.h>
 #include <unistd.h>
 
 #include "data/mapped_file.h"
@@ -22,24 +25,52 @@ constexpr size_t kBufferBytes = size_t{1} << 20;
 }  // namespace
 
 AtomicFile::AtomicFile(std::string path)
-    : path_(std::move(path)), partial_path_(path_ + ".partial-" + std::to_string(::getpid())) {
-  fd_ = ::open(partial_path_.c_str(), O_WRONLY | O_CREAT | O_TRUNC | O_CLOEXEC, 0666);
-  if (fd_ < 0) {
-    throw std::runtime_error(path_ + ": cannot be created: " + std::strerror(errno) +
-                             "; is its folder there, and writable?");
+    : path_(std::move(path)), partial_path_(path_ + ".partial") {
+  open_partial();
+  // What a killed writer left.
+  struct stat status {};
+  if (::fstat(fd_, &status) == 0 && status.st_size > 0 && ::ftruncate(fd_, 0) != 0) {
+    fail("removing what an earlier writer left failed");
+  }
+}
+
+void AtomicFile::open_partial() {
+  for (;;) {
+    fd_ = ::open(partial_path_.c_str(), O_WRONLY | O_CREAT | O_CLOEXEC, 0666);
+    if (fd_ < 0) {
+      throw std::runtime_error(path_ + ": cannot be created: " + reason_of_failure() +
+                               "; is its folder there, and writable?");
+    }
+    // The lock goes with the program that holds it. Where a file system has no locks (any other
+    // error), we do without.
+    if (::flock(fd_, LOCK_EX | LOCK_NB) != 0 && errno == EWOULDBLOCK) {
+      ::close(std::exchange(fd_, -1));
+      throw std::runtime_error(path_ + ": is being written by another program, which holds " +
+                               partial_path_ + "; wait for it, or write to another path");
+    }
+    // Between open and lock, the writer before us may have renamed or removed this very file.
+    struct stat opened {};
+    struct stat named {};
+    if (::fstat(fd_, &opened) != 0 ||
+        (::stat(partial_path_.c_str(), &named) == 0 && opened.st_dev == named.st_dev &&
+         opened.st_ino == named.st_ino)) {
+      return;
+    }
+    ::close(std::exchange(fd_, -1));
   }
 }
 
 AtomicFile::~AtomicFile() {
   if (fd_ >= 0) {
-    ::close(fd_);
+    // In this order: once it is closed, and so unlocked, another writer may have it.
     ::unlink(partial_path_.c_str());
+    ::close(fd_);
   }
 }
 
-void AtomicFile::fail(const char* what) {
-  throw std::runtime_error(path_ + ": " + what + " after " + std::to_string(written_) +
-                           " bytes: " + std::strerror(errno) + "; nothing was left behind");
+void AtomicFile::fail(const char* what) const {
+  throw std::runtime_error(path_ + ": " + what + " after " + grouped(written_) +
+                           " bytes: " + reason_of_failure() + "; nothing was left behind");
 }
 
 void AtomicFile::write(std::span<const std::byte> bytes) {
@@ -70,11 +101,15 @@ void AtomicFile::flush() {
   buffer_.clear();
 }
 
-void AtomicFile::commit() {
+void AtomicFile::prepare() {
   flush();
   if (::fsync(fd_) != 0) {
     fail("fsync failed");
   }
+}
+
+void AtomicFile::commit() {
+  prepare();
   const int fd = fd_;
   if (::rename(partial_path_.c_str(), path_.c_str()) != 0) {
     fail("renaming into place failed");
@@ -95,6 +130,23 @@ std::string read_text_file(const std::string& path, uint64_t max_bytes) {
                              "; is it the right file?");
   }
   return {reinterpret_cast<const char*>(file.bytes().data()), file.bytes().size()};
+}
+
+std::string reason_of_failure() {
+  const int error = errno;
+  const std::string reason = std::strerror(error);
+  switch (error) {
+    case ENOSPC:
+      return reason + " (the disk is full; make room, or write elsewhere)";
+    case EDQUOT:
+      return reason + " (your share of the disk is full; make room, or write elsewhere)";
+    case EFBIG:
+      return reason + " (a limit on the size of files is reached; see ulimit -f)";
+    case EROFS:
+      return reason + " (write elsewhere)";
+    default:
+      return reason;
+  }
 }
 
 void sync_folder(const std::string& folder) {

@@ -345,30 +345,37 @@ BinidxWriter::BinidxWriter(const std::string& prefix,
 
 BinidxWriter::~BinidxWriter() = default;
 
-void BinidxWriter::write_id(int32_t id) {
-  if (item_tokens_ == max_item_tokens_) {
-    end_item();
-    continuing_items_.push_back(static_cast<int64_t>(sizes_.size()));
+void BinidxWriter::write_ids(std::span<const int32_t> ids) {
+  while (!ids.empty()) {
+    if (item_tokens_ == max_item_tokens_) {
+      end_item();
+      continuing_items_.push_back(static_cast<int64_t>(sizes_.size()));
+    }
+    const auto room = static_cast<size_t>(max_item_tokens_ - item_tokens_);
+    const auto part = ids.first(std::min(ids.size(), room));
+    ids = ids.subspan(part.size());
+    if (dtype_ == TokenDtype::kU16) {
+      narrow_.assign(part.begin(), part.end());
+      bin_.write(std::as_bytes(std::span(narrow_)));
+    } else {
+      bin_.write(std::as_bytes(part));
+    }
+    item_tokens_ += static_cast<int64_t>(part.size());
+    num_tokens_ += static_cast<int64_t>(part.size());
   }
-  if (dtype_ == TokenDtype::kU16) {
-    append(bin_, static_cast<uint16_t>(id));
-  } else {
-    append(bin_, id);
-  }
-  ++item_tokens_;
-  ++num_tokens_;
 }
 
 void BinidxWriter::add_tokens(std::span<const int32_t> ids) {
-  for (const int32_t id : ids) {
-    if (id < 0 || id >= record_.vocab_size) {
+  for (size_t i = 0; i < ids.size(); ++i) {
+    if (ids[i] < 0 || ids[i] >= record_.vocab_size) {
       throw std::invalid_argument(
-          prefix_ + ".bin: token " + counted(num_tokens_) + " is to have id " + std::to_string(id) +
-          ", but the vocabulary of " + record_.identity + " has " + counted(record_.vocab_size) +
-          " ids (0 to " + std::to_string(record_.vocab_size - 1) + ")");
+          prefix_ + ".bin: token " + counted(num_tokens_ + static_cast<int64_t>(i)) +
+          " is to have id " + std::to_string(ids[i]) + ", but the vocabulary of " +
+          record_.identity + " has " + counted(record_.vocab_size) + " ids (0 to " +
+          std::to_string(record_.vocab_size - 1) + ")");
     }
-    write_id(id);
   }
+  write_ids(ids);
   in_document_ = in_document_ || !ids.empty();
 }
 
@@ -382,7 +389,7 @@ void BinidxWriter::end_document() {
     return;
   }
   if (record_.end_of_document.has_value()) {
-    write_id(*record_.end_of_document);
+    write_ids({&*record_.end_of_document, 1});
   }
   end_item();
   ++num_documents_;
@@ -399,6 +406,12 @@ void BinidxWriter::finish(int64_t text_bytes) {
                              "is no corpus to write; expected one or more");
   }
   record_.text_bytes = text_bytes;
+  // A full disk shows here, while an older corpus of the same name is still whole.
+  bin_.prepare();
+  AtomicFile record(prefix_ + ".tokenizer.json");
+  write_record(record);
+  AtomicFile index(prefix_ + ".idx");
+  write_index(index);
   // Without an .idx nothing can be read: from here to the last commit there is none.
   const std::string idx_path = prefix_ + ".idx";
   if (::unlink(idx_path.c_str()) != 0 && errno != ENOENT) {
@@ -407,11 +420,11 @@ void BinidxWriter::finish(int64_t text_bytes) {
   const std::string folder = std::filesystem::path(idx_path).parent_path().string();
   sync_folder(folder.empty() ? "." : folder);
   bin_.commit();
-  write_record();
-  write_index();
+  record.commit();
+  index.commit();
 }
 
-void BinidxWriter::write_record() {
+void BinidxWriter::write_record(AtomicFile& file) const {
   nlohmann::ordered_json json;
   json["identity"] = record_.identity;
   json["vocab_size"] = record_.vocab_size;
@@ -421,14 +434,12 @@ void BinidxWriter::write_record() {
   }
   json["text_bytes"] = record_.text_bytes;
   json["num_tokens"] = num_tokens_;
-  AtomicFile file(prefix_ + ".tokenizer.json");
   file.write(json.dump(2) + "\n");
-  file.commit();
+  file.prepare();
 }
 
-void BinidxWriter::write_index() {
+void BinidxWriter::write_index(AtomicFile& file) const {
   const auto num_items = static_cast<int64_t>(sizes_.size());
-  AtomicFile file(prefix_ + ".idx");
   file.write(std::string_view(kMagic, sizeof kMagic));
   append(file, uint64_t{1});
   append(file, static_cast<uint8_t>(dtype_));
@@ -449,7 +460,7 @@ void BinidxWriter::write_index() {
     }
   }
   append(file, num_items);
-  file.commit();
+  file.prepare();
 }
 
 }  // namespace rwkv

@@ -110,24 +110,26 @@ class BinidxWriter {
   // tokens is not written.
   void end_document();
   // `text_bytes` goes into the side file. Throws std::runtime_error if no document was written,
-  // std::logic_error inside a document. Removes an older .idx of the same name first and writes its
-  // own last: at no moment do files of two corpora pass for one.
+  // std::logic_error inside a document. Writes all files aside; then removes an older .idx
+  // of the same name, and puts its own in place last: at no moment do files of two corpora pass for
+  // one, and what cannot be written leaves an older corpus as it was.
   void finish(int64_t text_bytes);
 
   int64_t num_tokens() const { return num_tokens_; }
   int64_t num_documents() const { return num_documents_; }
 
  private:
-  void write_id(int32_t id);
+  void write_ids(std::span<const int32_t> ids);
   void end_item();
-  void write_index();
-  void write_record();
+  void write_index(AtomicFile& file) const;
+  void write_record(AtomicFile& file) const;
 
   std::string prefix_;
   TokenizerRecord record_;
   int64_t max_item_tokens_;
   TokenDtype dtype_;
   AtomicFile bin_;
+  std::vector<uint16_t> narrow_;  // ids on their way to a u16 file
   std::vector<int32_t> sizes_;
   std::vector<int64_t> continuing_items_;  // items that do not start a document; rising
   int64_t num_tokens_ = 0;

@@ -10,6 +10,8 @@
 #include <sys/stat.h>
 #include <unistd.h>
 
+#include "data/mapping_guard.h"
+
 namespace rwkv {
 
 MappedFile::MappedFile(const std::string& path) : path_(path) {
@@ -38,6 +40,7 @@ MappedFile::MappedFile(const std::string& path) : path_(path) {
       throw std::runtime_error(path + ": cannot be mapped: " + std::strerror(reason));
     }
     data_ = static_cast<const std::byte*>(mapped);
+    remember_mapping(data_, size_, path);
   }
   ::close(fd);
 }
@@ -56,6 +59,7 @@ MappedFile& MappedFile::operator=(MappedFile&& other) noexcept {
 
 MappedFile::~MappedFile() {
   if (data_ != nullptr) {
+    forget_mapping(data_);
     ::munmap(const_cast<std::byte*>(data_), size_);
   }
 }

@@ -1,4 +1,5 @@
-// A file mapped read-only into memory for as long as the object lives.
+// A file mapped read-only into memory for as long as the object lives. If the file becomes shorter
+// meanwhile, reading what is gone ends the program (data/mapping_guard.h says how).
 #pragma once
 
 #include <cstddef>

@@ -21,6 +21,8 @@ using PieceType = SentencepieceModel::PieceType;
 constexpr uint64_t kMaxFileBytes = 64 << 20;
 // Of what the library says, which may quote from the file.
 constexpr size_t kShownBytes = 400;
+// Stands for a space in pieces.
+constexpr std::string_view kSpaceSymbol = "\xE2\x96\x81";
 
 // The byte of a byte token such as <0x0A>.
 unsigned char byte_of_piece(const std::string& path, const std::string& text) {
@@ -36,7 +38,6 @@ unsigned char byte_of_piece(const std::string& path, const std::string& text) {
 
 // A piece's text with its space symbols as the spaces they stand for.
 std::string with_spaces(std::string_view piece) {
-  constexpr std::string_view kSpaceSymbol = "\xE2\x96\x81";
   std::string text;
   while (!piece.empty()) {
     const bool is_space = piece.starts_with(kSpaceSymbol);
@@ -120,8 +121,15 @@ SentencepieceTokenizer::Impl::Impl(std::string model_path, std::string_view cont
   }
   const bool has_all_bytes =
       std::none_of(byte_ids.begin(), byte_ids.end(), [](int32_t id) { return id < 0; });
-  is_lossless = has_all_bytes && model.normalizer_map.empty() && !model.add_dummy_prefix &&
-                !model.remove_extra_whitespaces && model.escape_whitespaces;
+  // Without a piece for it, the symbol that stands for a space comes back as that symbol.
+  const bool has_space =
+      std::any_of(model.pieces.begin(), model.pieces.end(), [](const auto& piece) {
+        return piece.text == kSpaceSymbol &&
+               (piece.type == PieceType::kNormal || piece.type == PieceType::kUserDefined);
+      });
+  is_lossless = has_all_bytes && has_space && model.normalizer_map.empty() &&
+                !model.add_dummy_prefix && !model.remove_extra_whitespaces &&
+                model.escape_whitespaces;
   if (!is_lossless || tokens_with_line_feed != 1) {
     line_feed_id.reset();
   }

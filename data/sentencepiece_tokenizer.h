@@ -1,8 +1,8 @@
 // Any sentencepiece model (.model), through libsentencepiece.
 //
 // A model's own settings decide what comes back. It is lossless if it normalises nothing (identity,
-// no dummy prefix, white space kept but written as U+2581) and has all 256 byte tokens: so are the
-// models of train_sentencepiece. In a lossless model
+// no dummy prefix, white space kept but written as U+2581), has all 256 byte tokens and a piece for
+// the space: so are the models of train_sentencepiece. In a lossless model
 //   - what sentencepiece would change becomes byte tokens: bytes that are not UTF-8, the character
 //     U+2581 itself, and the byte 0; the text on either side is encoded on its own;
 //   - if a line feed is a token of its own and in no other token, a text is encoded line by line,

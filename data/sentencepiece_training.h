@@ -19,13 +19,14 @@ struct SentencepieceTraining {
   uint32_t seed = 1;
 };
 
-// The model that results is lossless: identity normalisation, no dummy prefix, spaces kept, newline
-// a token of its own, byte fallback for characters it has not seen; <unk> is 0, </s> is 1, there is
-// no <s>. The same input gives the same file, on any number of processors. The file appears whole
-// or not at all. Memory is about 25 times the sampled text for kUnigram and 10 times for kBpe. Sets
-// the log level of sentencepiece for the process, to errors only.
-// Throws std::invalid_argument for a vocab_size out of range (also when the corpus is too small for
-// it: the text says the largest that would do); std::runtime_error for unreadable input.
+// The model that results is lossless, if the text has a space in it: identity normalisation, no
+// dummy prefix, spaces kept, newline a token of its own, byte fallback for characters it has not
+// seen; <unk> is 0, </s> is 1, there is no <s>. The same input gives the same file, on any number
+// of processors. The file appears whole or not at all. Memory is about 25 times the sampled text
+// for kUnigram and 10 times for kBpe. Sets the log level of sentencepiece for the process, to
+// errors only. Throws std::invalid_argument for a vocab_size out of range (also when the corpus is
+// too small for it: the text says the largest that would do); std::runtime_error for unreadable
+// input.
 void train_sentencepiece(const SentencepieceTraining& training);
 
 }  // namespace rwkv

@@ -1,8 +1,10 @@
 // Text files to a binidx corpus: the work of `rookery tokenize`.
 #pragma once
 
+#include <cstddef>
 #include <cstdint>
 #include <functional>
+#include <thread>
 
 #include "data/binidx.h"
 #include "data/text_reader.h"
@@ -28,15 +30,19 @@ TokenizerRecord record_of(const Tokenizer& tokenizer);
 // Encodes every document of `reader` and writes it with `tokenizer`'s end-of-document token behind
 // it, then finishes `writer`, which must be made with record_of(tokenizer). The corpus appears
 // whole at the end, or not at all.
-// Memory: a piece of text (see TextPiece) and its ids, and, of a document in several pieces, what
-// the tokenizer could not yet encode (a document of one endless word is held whole).
-// `progress`, if given, is called about four times a second, and once at the end.
-// Throws what the reader, the tokenizer and the writer throw; std::runtime_error if the files hold
-// no text.
+// Documents that come whole (the rows of .jsonl, .txt files of up to a megabyte) are encoded on
+// `threads` threads at once; those in several pieces one piece after the other. The files are the
+// same on any number of threads.
+// Memory: for each thread a megabyte of text, or one longer row, and its ids; of a document in
+// several pieces, a piece (see TextPiece) and what the tokenizer could not yet encode (a document
+// of one endless word is held whole). `progress`, if given, is called about four times a second,
+// and once at the end. Throws what the reader, the tokenizer and the writer throw;
+// std::runtime_error if the files hold no text.
 TokenizeResult tokenize_corpus(
     TextReader& reader,
     const Tokenizer& tokenizer,
     BinidxWriter& writer,
-    const std::function<void(const TokenizeProgress&)>& progress = nullptr);
+    const std::function<void(const TokenizeProgress&)>& progress = nullptr,
+    size_t threads = std::thread::hardware_concurrency());
 
 }  // namespace rwkv

@@ -18,7 +18,8 @@ readonly build_packages=(
 )
 # The text of scripts/quickstart.sh: 31,102 verses in the public domain.
 readonly corpus_packages=(bible-kjv)
-readonly test_packages=(libgtest-dev libgmock-dev clang-format)
+# clang comes with libFuzzer and the sanitizers: it builds what scripts/fuzz.sh runs.
+readonly test_packages=(libgtest-dev libgmock-dev clang-format clang libclang-rt-14-dev)
 
 readonly venv=.deps/venv
 readonly vocab=.deps/share/rwkv_vocab_v20230424.txt

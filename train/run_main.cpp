@@ -1,6 +1,7 @@
 #include "train/run_main.h"
 
 #include <algorithm>
+#include <csignal>
 #include <cstdio>
 #include <iostream>
 #include <new>
@@ -12,6 +13,7 @@
 #include <spdlog/sinks/stdout_color_sinks.h>
 #include <spdlog/spdlog.h>
 
+#include "data/mapping_guard.h"
 #include "data/utf8.h"
 
 namespace rwkv {
@@ -55,6 +57,9 @@ void flush_result() {
 int run_main(const std::function<int()>& command) {
   spdlog::set_default_logger(spdlog::stderr_color_mt("rookery"));
   spdlog::set_pattern("%H:%M:%S %v");
+  // A file that may not grow is then an error of the write, with a text, and not the end.
+  std::signal(SIGXFSZ, SIG_IGN);
+  report_shrunk_mappings();
   try {
     const int code = command();
     flush_result();

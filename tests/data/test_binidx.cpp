@@ -236,6 +236,19 @@ TEST(BinidxWriter, LeavesNoReadableCorpusWhenItFailsHalfWay) {
   EXPECT_THROW(BinidxFile(folder.path("a")), std::runtime_error);
 }
 
+TEST(BinidxWriter, LeavesAnOlderCorpusWholeWhereItCannotWrite) {
+  const test::TempFolder folder;
+  write_corpus(folder.path("a"), kTiny3);
+  // The file that is written last.
+  std::filesystem::create_directory(folder.path("a.idx.partial"));
+  BinidxWriter writer(folder.path("a"), kWorld);
+  writer.add_tokens(std::vector<int32_t>(9, 7));
+  writer.end_document();
+  EXPECT_THAT(THROWN_TEXT(std::runtime_error, writer.finish(1)),
+              HasSubstr("a.idx: cannot be created"));
+  EXPECT_EQ(BinidxFile(folder.path("a")).num_tokens(), 10);
+}
+
 TEST(BinidxWriter, RefusesToFinishInsideADocument) {
   const test::TempFolder folder;
   BinidxWriter writer(folder.path("a"), kWorld);

@@ -246,6 +246,20 @@ TEST_P(TrainedSentencepiece, TakesTextsThatSentencepieceStumblesOver) {
   EXPECT_TRUE(tokenizer.decode(tokenizer.encode(text)) == text);
 }
 
+TEST_P(TrainedSentencepiece, IsNotLosslessWithoutAPieceForSpaces) {
+  const test::TempFolder folder;
+  std::string text = made_up_text(1);
+  std::erase(text, ' ');
+  test::write_file(folder.path("text.txt"), text);
+  train_sentencepiece({.text_files = {folder.path("text.txt")},
+                       .model_path = folder.path("a.model"),
+                       .vocab_size = 400,
+                       .kind = GetParam()});
+  const SentencepieceTokenizer tokenizer(folder.path("a.model"));
+  EXPECT_EQ(tokenizer.is_lossless(), tokenizer.decode(tokenizer.encode("a b")) == "a b");
+  EXPECT_FALSE(tokenizer.is_lossless());
+}
+
 // A protobuf field with a length, of less than 128 bytes.
 std::string field(int number, const std::string& content) {
   return std::string{static_cast<char>(number << 3 | 2), static_cast<char>(content.size())} +

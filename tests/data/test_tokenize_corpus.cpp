@@ -1,3 +1,4 @@
+#include <atomic>
 #include <random>
 
 #include <gmock/gmock.h>
@@ -31,7 +32,7 @@ class WordTokenizer : public Tokenizer {
       ids.push_back(static_cast<int32_t>(1 + std::hash<std::string_view>()(word) % 99'999));
       done += word.size();
     }
-    longest_call_ = std::max(longest_call_, text.size());
+    longest_call_ = std::max(longest_call_.load(), text.size());
     return done;
   }
   void decode(std::span<const int32_t>, std::string&) const override {}
@@ -40,7 +41,7 @@ class WordTokenizer : public Tokenizer {
   bool is_lossless() const override { return false; }
   std::string identity() const override { return "words"; }
 
-  mutable size_t longest_call_ = 0;
+  mutable std::atomic<size_t> longest_call_ = 0;
 };
 
 struct Tokenized {
@@ -118,6 +119,56 @@ TEST(TokenizeCorpus, EncodesPiecesAsItWouldTheWholeText) {
     EXPECT_TRUE(tokenize(folder, paths, tokenizer).ids == expected_ids(tokenizer, texts))
         << mean_length;
   }
+}
+
+// Rows of all lengths, some longer than a batch, between .txt files of one piece and of several.
+TEST(TokenizeCorpus, WritesTheSameFilesOnAnyNumberOfThreads) {
+  const test::TempFolder folder;
+  const WordTokenizer tokenizer;
+  std::mt19937_64 random(3);
+  std::string rows;
+  for (int row = 0; row < 4000; ++row) {
+    const size_t bytes = row % 1000 == 999 ? 2'500'000 : random() % 2000;
+    rows += "{\"text\":\"" + random_words(bytes + 1, 6) + "\"}\n";
+  }
+  test::write_file(folder.path("1.jsonl"), rows);
+  test::write_file(folder.path("2.txt"), random_words(2'500'000, 7));
+  test::write_file(folder.path("3.txt"), "a piece");
+  test::write_file(folder.path("4.jsonl"), rows);
+  std::vector<std::string> first;
+  for (const size_t threads : {1, 2, 5}) {
+    TextReader reader({folder.path("1.jsonl"),
+                       folder.path("2.txt"),
+                       folder.path("3.txt"),
+                       folder.path("4.jsonl")},
+                      {});
+    BinidxWriter writer(folder.path("corpus"), record_of(tokenizer));
+    EXPECT_EQ(tokenize_corpus(reader, tokenizer, writer, nullptr, threads).documents, 8002);
+    std::vector<std::string> made;
+    for (const char* ending : {".bin", ".idx", ".tokenizer.json"}) {
+      made.push_back(test::read_file(folder.path("corpus") + ending));
+    }
+    first = first.empty() ? made : first;
+    EXPECT_TRUE(made == first) << threads;
+  }
+}
+
+TEST(TokenizeCorpus, HandsOnWhatATokenizerThrowsOnAnotherThread) {
+  struct Refusing : WordTokenizer {
+    size_t encode_part(std::string_view, TextEnd, std::vector<int32_t>&) const override {
+      throw std::runtime_error("cannot encode");
+    }
+  };
+  const test::TempFolder folder;
+  test::write_file(folder.path("a.jsonl"), "{\"text\":\"a\"}\n");
+  const Refusing tokenizer;
+  {
+    TextReader reader({folder.path("a.jsonl")}, {});
+    BinidxWriter writer(folder.path("corpus"), record_of(tokenizer));
+    EXPECT_THAT(THROWN_TEXT(std::runtime_error, tokenize_corpus(reader, tokenizer, writer)),
+                HasSubstr("cannot encode"));
+  }
+  EXPECT_THAT(folder.files(), ElementsAre("a.jsonl"));
 }
 
 TEST(TokenizeCorpus, HoldsOnlyWhatIsNotYetEncoded) {

@@ -23,6 +23,7 @@
 #include "model/formats/pth.h"
 #include "model/formats/safetensors.h"
 #include "model/formats/zip_archive.h"
+#include "train/event_file.h"
 #include "train/metrics.h"
 #include "train/run_config.h"
 
@@ -318,6 +319,27 @@ void make_run_files(const Seeds& seeds) {
   }
 }
 
+void make_event_files(const Seeds& seeds) {
+  const fs::path folder = seeds.of("events");
+  EventWriter writer(folder, /*resumed_step=*/5, /*time_s=*/1.7e9);
+  writer.scalar("train/loss", 6, 1.7e9, 2.5);
+  writer.text("samples", 6, 1.7e9, "once\nupon");
+  writer.flush();
+  const std::string file = read_text_file(writer.path());
+  fs::remove(writer.path());
+  // The first byte says how the rest is taken: fuzz_events.cpp.
+  seeds.put("events", "file", '\0' + file);
+  constexpr size_t kHeaderBytes = 12;
+  constexpr size_t kTrailerBytes = 4;
+  std::string messages = "\1";
+  for (size_t at = 0; at < file.size();) {
+    const auto length = static_cast<unsigned char>(file[at]);
+    messages += static_cast<char>(length) + file.substr(at + kHeaderBytes, length);
+    at += kHeaderBytes + length + kTrailerBytes;
+  }
+  seeds.put("events", "messages", messages);
+}
+
 int make_all(const fs::path& folder) {
   const Seeds seeds(folder);
   make_weight_files(seeds);
@@ -327,6 +349,7 @@ int make_all(const fs::path& folder) {
   make_world_vocabulary(seeds);
   make_sentencepiece_models(seeds);
   make_run_files(seeds);
+  make_event_files(seeds);
   return 0;
 }
 

@@ -6,6 +6,7 @@
 
 #include <c10/util/Exception.h>
 
+#include "data/mapping_guard.h"
 #include "train/commands/commands.h"
 #include "train/run_main.h"
 
@@ -44,6 +45,8 @@ std::string text_of(const c10::Error& error, bool verbose) {
 // LibTorch's exceptions end here: the program that loads this library does not know their types.
 extern "C" int rookery_run_torch_command(const char* name, int argc, char** argv, bool verbose) {
   using rwkv::BugError;
+  // This library has its own copy of what the program and it both need, mappings among it.
+  rwkv::report_shrunk_mappings();
   try {
     return rwkv::run(name, argc, argv);
   } catch (const c10::OutOfMemoryError& error) {
