@@ -44,6 +44,15 @@ def package(name):
         missing(f"Python package {name} ({error}); scripts/setup.sh --tests installs it")
 
 
+def test_data(name):
+    """A file under ROOKERY_TEST_DATA, by default ../shared/data beside the repository."""
+    default = pathlib.Path(__file__).parents[3] / "shared" / "data"
+    path = pathlib.Path(os.environ.get("ROOKERY_TEST_DATA", default)) / name
+    if not path.exists():
+        missing(f"{path}; set ROOKERY_TEST_DATA")
+    return path
+
+
 def command_line(*arguments):
     return [_program, *map(str, arguments)]
 

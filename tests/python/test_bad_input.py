@@ -158,7 +158,8 @@ class CommandLine(BadInput):
                      "words.bin is of the tokenizer sentencepiece:", "was trained with bytes")
 
     def test_of_eval_that_do_not_go_together(self):
-        self.refuses("eval --model run", USAGE, "one of --data, --text and --lambada", "0 are given")
+        self.refuses("eval --model run", USAGE,
+                     "one of --data, --text and --lambada", "0 are given")
         self.refuses("eval --model run --data bytes --text text.txt", USAGE, "2 are given")
         for options, unused in (("--lambada a.jsonl", "by-document by-position"),
                                 ("--text text.txt", "baseline=bytes"),

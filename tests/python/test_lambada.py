@@ -16,16 +16,8 @@ import support
 from support import rookery
 
 PASSAGES = 40
-# So that a model of random weights is right now and then.
+# Of a training text.
 LIKELY_WORDS = 30
-
-
-def test_data(name):
-    default = pathlib.Path(__file__).parents[3] / "shared" / "data"
-    path = pathlib.Path(os.environ.get("ROOKERY_TEST_DATA", default)) / name
-    if not path.exists():
-        support.missing(f"{path}; set ROOKERY_TEST_DATA")
-    return path
 
 
 class WorldModel(unittest.TestCase):
@@ -54,7 +46,7 @@ class WorldModel(unittest.TestCase):
 
     @classmethod
     def write_passages(cls):
-        lines = test_data("corpora/lambada/lambada_test.jsonl").read_text().splitlines()
+        lines = support.test_data("corpora/lambada/lambada_test.jsonl").read_text().splitlines()
         cls.passages = [json.loads(line)["text"] for line in lines[:PASSAGES]]
         # Half of them end in the word that the short training teaches, "the".
         for i in range(0, PASSAGES, 2):

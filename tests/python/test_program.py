@@ -274,6 +274,42 @@ class Help(unittest.TestCase):
         self.assertRegex(rookery("--version").decode(), r"^rookery \d+\.\d+\.\d+\n$")
 
 
+class ForeignFiles(support.Folder):
+    """A model and a corpus that others made: neither says anything of a tokenizer."""
+
+    def setUp(self):
+        super().setUp()
+        folder = support.test_data("derived/rwkv4_synthetic")
+        self.model = folder / "weights_fp32.pth"
+        self.expected = json.loads((folder / "summary.json").read_text())["loss_ce_mean"]
+        ids = struct.unpack("<42i", (folder / "tokens_i32_2x21.bin").read_bytes())
+        self.write_corpus("corpus", [ids[:21], ids[21:]])
+
+    def write_corpus(self, prefix, documents):
+        sizes = [len(document) for document in documents]
+        starts = [2 * sum(sizes[:i]) for i in range(len(sizes))]
+        index = b"MMIDIDX\0\0" + struct.pack("<QBQQ", 1, 8, len(sizes), len(sizes) + 1)
+        index += struct.pack(f"<{len(sizes)}i", *sizes) + struct.pack(f"<{len(sizes)}q", *starts)
+        index += struct.pack(f"<{len(sizes) + 1}q", *range(len(sizes) + 1))
+        (self.folder / f"{prefix}.idx").write_bytes(index)
+        (self.folder / f"{prefix}.bin").write_bytes(b"".join(
+            struct.pack(f"<{len(document)}H", *document) for document in documents))
+
+    def test_have_the_loss_that_float64_maths_gives(self):
+        result = json.loads(rookery("eval", "--model", self.model, "--data", "corpus",
+                                    "--by-document", "--json", cwd=self.folder))
+        # Of 21 tokens the first is given: nobody says which token would stand before it.
+        self.assertEqual((result["tokens"], result["documents"]["count"]), (40, 2))
+        self.assertAlmostEqual(result["loss"], self.expected, delta=1e-6)
+        self.assertNotIn("bits_per_byte", result)
+
+    def test_are_read_in_windows_across_documents_unless_asked(self):
+        result = json.loads(rookery("eval", "--model", self.model, "--data", "corpus",
+                                    "--ctx-len", 20, "--json", cwd=self.folder))
+        self.assertEqual((result["tokens"], result["ctx_len"]), (41, 20))
+        self.assertNotAlmostEqual(result["loss"], self.expected, delta=1e-3)
+
+
 class Bench(support.Folder):
     def rows(self, *arguments):
         return json.loads(rookery("bench", *arguments, "--json", "-", cwd=self.folder))
