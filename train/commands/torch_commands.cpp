@@ -5,6 +5,7 @@
 #include <string_view>
 
 #include <c10/util/Exception.h>
+#include <torch/csrc/api/include/torch/version.h>
 
 #include "train/commands/commands.h"
 #include "train/run_main.h"
@@ -56,4 +57,8 @@ extern "C" int rookery_run_torch_command(const char* name, int argc, char** argv
     }
     throw BugError(text);
   }
+}
+
+extern "C" const char* rookery_libtorch_version() {
+  return TORCH_VERSION;
 }
