@@ -10,16 +10,19 @@ namespace {
 
 using RunTorchCommand = int (*)(const char* name, int argc, char** argv, bool verbose);
 
-RunTorchCommand load_entry() {
+using LibTorchVersion = const char* (*)();
+
+// A function of the library, which is loaded at the first call.
+void* load_function(const char* name) {
   const std::string path = torch_library_path();
   // Global: a kernel library loaded later finds LibTorch's dispatcher, not a second one.
   void* library = dlopen(path.c_str(), RTLD_NOW | RTLD_GLOBAL);
-  void* entry = library == nullptr ? nullptr : dlsym(library, "rookery_run_torch_command");
+  void* entry = library == nullptr ? nullptr : dlsym(library, name);
   if (entry == nullptr) {
     throw std::runtime_error(path + ": cannot be loaded: " + dlerror() +
                              "; build again, or copy bin and lib of an installation together");
   }
-  return reinterpret_cast<RunTorchCommand>(entry);
+  return entry;
 }
 
 }  // namespace
@@ -30,8 +33,13 @@ std::string torch_library_path() {
 }
 
 int run_torch_command(const char* name, int argc, char** argv, bool verbose) {
-  static const RunTorchCommand entry = load_entry();
+  static const auto entry =
+      reinterpret_cast<RunTorchCommand>(load_function("rookery_run_torch_command"));
   return entry(name, argc, argv, verbose);
+}
+
+std::string libtorch_version() {
+  return reinterpret_cast<LibTorchVersion>(load_function("rookery_libtorch_version"))();
 }
 
 }  // namespace rwkv

@@ -12,4 +12,7 @@ std::string torch_library_path();
 // library if it cannot be loaded; else as the command does.
 int run_torch_command(const char* name, int argc, char** argv, bool verbose);
 
+// The version of LibTorch that the library was built with, "2.11.0". Loads it, and throws as above.
+std::string libtorch_version();
+
 }  // namespace rwkv

@@ -5,6 +5,7 @@
 #include <string_view>
 
 #include <c10/util/Exception.h>
+#include <torch/csrc/api/include/torch/version.h>
 
 #include "data/mapping_guard.h"
 #include "train/commands/commands.h"
@@ -59,4 +60,8 @@ extern "C" int rookery_run_torch_command(const char* name, int argc, char** argv
     }
     throw BugError(text);
   }
+}
+
+extern "C" const char* rookery_libtorch_version() {
+  return TORCH_VERSION;
 }

@@ -6,3 +6,5 @@
 // its exit code. Throws what train/run_main.h knows. With `verbose`, texts of LibTorch's errors
 // keep their backtrace.
 extern "C" int rookery_run_torch_command(const char* name, int argc, char** argv, bool verbose);
+// The version of LibTorch that the library was built with.
+extern "C" const char* rookery_libtorch_version();
