@@ -7,6 +7,7 @@
 #include <c10/util/Exception.h>
 
 #include "train/commands/commands.h"
+#include "train/cpu_allocator.h"
 #include "train/run_main.h"
 
 namespace rwkv {
@@ -44,6 +45,7 @@ std::string text_of(const c10::Error& error, bool verbose) {
 // LibTorch's exceptions end here: the program that loads this library does not know their types.
 extern "C" int rookery_run_torch_command(const char* name, int argc, char** argv, bool verbose) {
   using rwkv::BugError;
+  rwkv::keep_cpu_memory();
   try {
     return rwkv::run(name, argc, argv);
   } catch (const c10::OutOfMemoryError& error) {
