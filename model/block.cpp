@@ -3,15 +3,6 @@
 #include <ATen/ATen.h>
 
 namespace rwkv {
-namespace {
-
-// The row that the next token's shift needs.
-at::Tensor last_row(const at::Tensor& x_BTC) {
-  return x_BTC.select(1, x_BTC.size(1) - 1);
-}
-
-}  // namespace
-
 BlockImpl::BlockImpl(int64_t layer,
                      int64_t n_embd,
                      std::shared_ptr<TimeMix> time_mix,
@@ -27,18 +18,14 @@ BlockImpl::BlockImpl(int64_t layer,
 }
 
 BlockOutput BlockImpl::forward(const at::Tensor& x_BTC, const LayerState& before) {
-  const at::Tensor residual_BTC = ln0 ? ln0(x_BTC) : x_BTC;
-
-  const at::Tensor att_in_BTC = ln1(residual_BTC);
-  const TimeMixOutput mixed = att->forward({.x_BTC = att_in_BTC, .before = before});
-  const at::Tensor middle_BTC = residual_BTC + mixed.y_BTC;
-
-  const at::Tensor ffn_in_BTC = ln2(middle_BTC);
-  const at::Tensor previous_BTC = token_shift(ffn_in_BTC, before.ffn_shift_BC);
-  return {.x_BTC = middle_BTC + ffn->forward(ffn_in_BTC, previous_BTC),
-          .after = {.att_shift_BC = last_row(att_in_BTC),
-                    .ffn_shift_BC = last_row(ffn_in_BTC),
-                    .wkv = mixed.wkv}};
+  const auto att_in =
+      ln1->shift_mix(ln0 ? ln0(x_BTC) : x_BTC, {}, before.att_shift_BC, att->mixes());
+  const TimeMixOutput mixed = att->forward({.mixed_J = att_in.mixed_J, .wkv = before.wkv});
+  const auto ffn_in =
+      ln2->shift_mix(att_in.sum_BTC, mixed.y_BTC, before.ffn_shift_BC, ffn->mixes());
+  return {
+      .x_BTC = ffn->forward(ffn_in.sum_BTC, ffn_in.mixed_J),
+      .after = {.att_shift_BC = att_in.last_BC, .ffn_shift_BC = ffn_in.last_BC, .wkv = mixed.wkv}};
 }
 
 }  // namespace rwkv

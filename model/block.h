@@ -1,8 +1,10 @@
 // The residual block that every version shares: x + TimeMix(LN(x)), then x + ChannelMix(LN(x)).
-// What TimeMix and ChannelMix compute is the version's own (model/rwkv4.h ...).
+// LayerNorm, token shift and mixes are one op (model/ops/layer_norm_shift_mix.h); which mixes, and
+// what TimeMix and ChannelMix compute is the version's own (model/rwkv4.h ...).
 #pragma once
 
 #include <memory>
+#include <vector>
 
 #include <torch/nn/module.h>
 #include <torch/nn/pimpl.h>
@@ -13,8 +15,8 @@
 namespace rwkv {
 
 struct TimeMixInput {
-  at::Tensor x_BTC;   // the ln1 output
-  LayerState before;  // state before the first token
+  std::vector<at::Tensor> mixed_J;  // the ln1 output mixed with its token shift, [B, T, C] each
+  at::Tensor wkv;                   // wkv state before the first token
 };
 struct TimeMixOutput {
   at::Tensor y_BTC;  // to be added to the residual stream
@@ -22,14 +24,20 @@ struct TimeMixOutput {
 };
 // Base of the versions' TimeMix.
 struct TimeMix : torch::nn::Module {
+  // Shares of each token in its mixes with its predecessor, [J, C].
+  virtual at::Tensor mixes() const = 0;
   virtual TimeMixOutput forward(const TimeMixInput& input) = 0;
 };
 
 // Base of the versions' ChannelMix.
-//   x_BTC         [B, T, C], the ln2 output
-//   previous_BTC  [B, T, C], token_shift of x
 struct ChannelMix : torch::nn::Module {
-  virtual at::Tensor forward(const at::Tensor& x_BTC, const at::Tensor& previous_BTC) = 0;
+  // As TimeMix's.
+  virtual at::Tensor mixes() const = 0;
+  //   residual_BTC  [B, T, C], what the output is added to
+  //   mixed_J       the ln2 output mixed with its token shift, [B, T, C] each
+  // Returns the sum.
+  virtual at::Tensor forward(const at::Tensor& residual_BTC,
+                             const std::vector<at::Tensor>& mixed_J) = 0;
 };
 
 struct BlockOutput {

@@ -24,8 +24,11 @@ at::Tensor LayerNormImpl::forward(const at::Tensor& x) const {
   return at::layer_norm(x, weight.sizes(), weight, bias, kLayerNormEps);
 }
 
-at::Tensor token_shift(const at::Tensor& x_BTC, const at::Tensor& carry_BC) {
-  return at::cat({carry_BC.unsqueeze(1), x_BTC.slice(1, 0, x_BTC.size(1) - 1)}, 1);
+ops::LayerNormShiftMixOutput LayerNormImpl::shift_mix(const at::Tensor& x_BTC,
+                                                      const at::Tensor& delta_BTC,
+                                                      const at::Tensor& carry_BC,
+                                                      const at::Tensor& mix_JC) const {
+  return ops::layer_norm_shift_mix(x_BTC, delta_BTC, weight, bias, carry_BC, mix_JC, kLayerNormEps);
 }
 
 }  // namespace rwkv

@@ -1,10 +1,12 @@
-// The parts that every RWKV version is made of: a matrix, a layer norm, the token shift.
+// The parts that every RWKV version is made of: a matrix and a layer norm.
 #pragma once
 
 #include <cstdint>
 
 #include <torch/nn/module.h>
 #include <torch/nn/pimpl.h>
+
+#include "model/ops/layer_norm_shift_mix.h"
 
 namespace rwkv {
 
@@ -22,15 +24,15 @@ TORCH_MODULE(Matrix);
 struct LayerNormImpl : torch::nn::Module {
   explicit LayerNormImpl(int64_t n_embd);
   at::Tensor forward(const at::Tensor& x) const;
+  // x + delta normalised and mixed with its token shift: see model/ops/layer_norm_shift_mix.h.
+  ops::LayerNormShiftMixOutput shift_mix(const at::Tensor& x_BTC,
+                                         const at::Tensor& delta_BTC,
+                                         const at::Tensor& carry_BC,
+                                         const at::Tensor& mix_JC) const;
 
   at::Tensor weight;
   at::Tensor bias;
 };
 TORCH_MODULE(LayerNorm);
-
-// Each token's predecessor: row t is x[t - 1], row 0 is the carried row.
-//   x_BTC     [B, T, C], T >= 1
-//   carry_BC  [B, C], the last row of the sequence before; zeros at its start
-at::Tensor token_shift(const at::Tensor& x_BTC, const at::Tensor& carry_BC);
 
 }  // namespace rwkv

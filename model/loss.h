@@ -6,7 +6,8 @@
 namespace rwkv {
 
 // Mean cross entropy in nats over all positions, fp32 (fp64 for fp64 logits), a scalar.
-//   logits_BTV  [B, T, V], any float dtype; computed in fp32
+//   logits_BTV  [B, T, V], bf16, fp32 or fp64, contiguous; computed in fp32. Backward writes the
+//               gradient over them.
 //   targets_BT  [B, T], int64, each in [0, V)
 // L2Wrap: the gradient of the logits also gets l2wrap / (B T) * max_logit at each position's
 // arg-max entry, scaled by the gradient that comes in; it pulls the largest logit towards zero and

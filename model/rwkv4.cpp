@@ -5,13 +5,16 @@
 
 #include <ATen/ATen.h>
 
+#include "model/ops/gated_residual.h"
+#include "model/ops/relu_squared.h"
 #include "model/ops/wkv4.h"
 
 namespace rwkv {
 namespace {
 
-at::Tensor mix(const at::Tensor& x, const at::Tensor& previous, const at::Tensor& mu) {
-  return x * mu + previous * (1 - mu);
+// Parameters [1, 1, C] as rows.
+at::Tensor rows_of(at::TensorList mixes) {
+  return at::cat(mixes).flatten(1);
 }
 
 // ---- Sizes --------------------------------------------------------------------------------------
@@ -164,15 +167,17 @@ Rwkv4TimeMix::Rwkv4TimeMix(const ModelConfig& config)
   register_module("output", output);
 }
 
+at::Tensor Rwkv4TimeMix::mixes() const {
+  return rows_of({time_mix_k, time_mix_v, time_mix_r});
+}
+
 TimeMixOutput Rwkv4TimeMix::forward(const TimeMixInput& input) {
-  const at::Tensor& x_BTC = input.x_BTC;
-  const at::Tensor previous_BTC = token_shift(x_BTC, input.before.att_shift_BC);
-  const at::Tensor k_BTA = key(mix(x_BTC, previous_BTC, time_mix_k));
-  const at::Tensor v_BTA = value(mix(x_BTC, previous_BTC, time_mix_v));
-  const at::Tensor r_BTA = receptance(mix(x_BTC, previous_BTC, time_mix_r));
+  const at::Tensor k_BTA = key(input.mixed_J[0]);
+  const at::Tensor v_BTA = value(input.mixed_J[1]);
+  const at::Tensor r_BTA = receptance(input.mixed_J[2]);
   const at::Tensor w_log_A = -time_decay.exp();
-  const ops::Wkv4Output wkv = ops::wkv4(w_log_A, k_BTA, v_BTA, time_first, input.before.wkv);
-  return {.y_BTC = output(r_BTA.sigmoid() * wkv.y_BTA), .wkv = wkv.state_B3A};
+  const ops::Wkv4Output gated = ops::wkv4(w_log_A, k_BTA, v_BTA, time_first, input.wkv, r_BTA);
+  return {.y_BTC = output(gated.y_BTA), .wkv = gated.state_B3A};
 }
 
 Rwkv4ChannelMix::Rwkv4ChannelMix(const ModelConfig& config)
@@ -186,10 +191,14 @@ Rwkv4ChannelMix::Rwkv4ChannelMix(const ModelConfig& config)
   register_module("value", value);
 }
 
-at::Tensor Rwkv4ChannelMix::forward(const at::Tensor& x_BTC, const at::Tensor& previous_BTC) {
-  const at::Tensor k_BTF = key(mix(x_BTC, previous_BTC, time_mix_k)).relu().square();
-  const at::Tensor r_BTC = receptance(mix(x_BTC, previous_BTC, time_mix_r)).sigmoid();
-  return r_BTC * value(k_BTF);
+at::Tensor Rwkv4ChannelMix::mixes() const {
+  return rows_of({time_mix_k, time_mix_r});
+}
+
+at::Tensor Rwkv4ChannelMix::forward(const at::Tensor& residual_BTC,
+                                    const std::vector<at::Tensor>& mixed_J) {
+  const at::Tensor k_BTF = ops::relu_squared_(key(mixed_J[0]));
+  return ops::gated_residual(residual_BTC, receptance(mixed_J[1]), value(k_BTF));
 }
 
 ModelVersion rwkv4_version() {

@@ -14,6 +14,8 @@ namespace rwkv {
 
 struct Rwkv4TimeMix : TimeMix {
   explicit Rwkv4TimeMix(const ModelConfig& config);
+  // Rows k, v, r.
+  at::Tensor mixes() const override;
   TimeMixOutput forward(const TimeMixInput& input) override;
 
   at::Tensor time_decay;  // [A], fp32
@@ -29,7 +31,10 @@ struct Rwkv4TimeMix : TimeMix {
 
 struct Rwkv4ChannelMix : ChannelMix {
   explicit Rwkv4ChannelMix(const ModelConfig& config);
-  at::Tensor forward(const at::Tensor& x_BTC, const at::Tensor& previous_BTC) override;
+  // Rows k, r.
+  at::Tensor mixes() const override;
+  at::Tensor forward(const at::Tensor& residual_BTC,
+                     const std::vector<at::Tensor>& mixed_J) override;
 
   at::Tensor time_mix_k;  // [1, 1, C]
   at::Tensor time_mix_r;

@@ -3,6 +3,8 @@
 #include <ATen/ATen.h>
 #include <ATen/CPUGeneratorImpl.h>
 
+#include "model/ops/embedding.h"
+
 namespace rwkv {
 namespace {
 
@@ -53,7 +55,7 @@ RwkvModelImpl::Hidden RwkvModelImpl::run_blocks(const at::Tensor& tokens_BT, con
               state.layers.size(),
               " layers but the model has ",
               config_.n_layer);
-  Hidden hidden{.x_BTC = at::embedding(emb_->weight, tokens_BT), .state = {}};
+  Hidden hidden{.x_BTC = ops::embedding(emb_->weight, tokens_BT), .state = {}};
   for (size_t layer = 0; layer < blocks_.size(); ++layer) {
     BlockOutput output = blocks_[layer](hidden.x_BTC, state.layers[layer]);
     hidden.x_BTC = std::move(output.x_BTC);

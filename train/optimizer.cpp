@@ -1,10 +1,14 @@
 #include "train/optimizer.h"
 
 #include <algorithm>
+#include <functional>
+#include <memory>
 #include <numeric>
 #include <stdexcept>
 
 #include <ATen/ATen.h>
+#include <torch/csrc/autograd/function_hook.h>
+#include <torch/csrc/autograd/variable.h>
 
 #include "model/ops/adamw.h"
 
@@ -33,6 +37,16 @@ void fill_from(const WeightFile& file, const std::string& name, at::Tensor to) {
   }
   to.copy_(tensor);
 }
+
+// Calls a function once backward has put a parameter's gradient in place.
+class GradientHook final : public torch::autograd::PostAccumulateGradHook {
+ public:
+  explicit GradientHook(std::function<void()> call) : call_(std::move(call)) {}
+  void operator()(const torch::autograd::Variable&) override { call_(); }
+
+ private:
+  std::function<void()> call_;
+};
 
 }  // namespace
 
@@ -83,12 +97,27 @@ Optimizer::Optimizer(RwkvModel model, const OptimizerConfig& config, at::ScalarT
     view_of(master_, slot).copy_(slot.parameter);
   }
   model->set_dtype(dtype);
+  if (dtype == at::kBFloat16) {
+    weights_ = at::zeros({size}, dtype);
+  }
   for (Slot& slot : slots_) {
-    if (slot.parameter.scalar_type() == at::kFloat) {
-      slot.parameter.set_data(view_of(master_, slot));
+    const bool exact = slot.parameter.scalar_type() == at::kFloat;
+    slot.parameter.set_data(view_of(exact ? master_ : weights_, slot));
+    if (slot.trained) {
+      torch::autograd::impl::set_post_acc_grad_hooks(
+          slot.parameter,
+          std::make_unique<GradientHook>([this, place = &slot] { move_gradient(*place); }));
     }
   }
   write_weights();
+}
+
+Optimizer::~Optimizer() {
+  for (const Slot& slot : slots_) {
+    if (slot.trained) {
+      torch::autograd::impl::set_post_acc_grad_hooks(slot.parameter, nullptr);
+    }
+  }
 }
 
 at::Tensor Optimizer::view_of(const at::Tensor& buffer, const Slot& slot) const {
@@ -106,16 +135,32 @@ void Optimizer::write_weights() {
 }
 
 void Optimizer::zero_gradient() {
-  gradient_.zero_();
+  for (Slot& slot : slots_) {
+    slot.starts_anew = true;
+  }
+}
+
+void Optimizer::move_gradient(Slot& slot) {
+  const at::NoGradGuard no_grad;
+  at::Tensor& grad = slot.parameter.mutable_grad();
+  at::Tensor sum = view_of(gradient_, slot);
+  if (slot.starts_anew) {
+    sum.copy_(grad);
+  } else {
+    sum.add_(grad);
+  }
+  slot.starts_anew = false;
+  grad.reset();
 }
 
 void Optimizer::accumulate_gradient() {
   const at::NoGradGuard no_grad;
   for (Slot& slot : slots_) {
-    at::Tensor& grad = slot.parameter.mutable_grad();
-    if (grad.defined()) {
-      view_of(gradient_, slot).add_(grad);
-      grad.reset();
+    if (slot.parameter.grad().defined()) {
+      move_gradient(slot);
+    } else if (slot.trained && slot.starts_anew) {
+      view_of(gradient_, slot).zero_();
+      slot.starts_anew = false;
     }
   }
 }
@@ -149,6 +194,7 @@ void Optimizer::step(double lr, double gradient_norm) {
                 m,
                 v,
                 range(gradient_),
+                weights_.defined() ? range(weights_) : at::Tensor(),
                 {.lr = lr * group.lr_scale,
                  .beta1 = config_.beta1,
                  .beta2 = config_.beta2,
@@ -157,7 +203,6 @@ void Optimizer::step(double lr, double gradient_norm) {
                  .grad_scale = clip,
                  .step = steps_});
   }
-  write_weights();
 }
 
 NamedTensors Optimizer::master_weights() const {

@@ -3,9 +3,13 @@
 // Master weights, both moments and the gradient lie in fp32 buffers of one layout: parameters
 // sorted by what the update does to them (learning-rate factor, weight decay), each starting at a
 // multiple of 16 elements, so that a group is a range and the update is one pass. An fp32 parameter
-// of the model is a view of the master buffer; a bf16 one is written from it after each update.
-// Parameters that do not require a gradient are frozen: they have master weights, behind all
-// others, but neither moments nor gradient.
+// of the model is a view of the master buffer; a bf16 one is a view of a bf16 buffer of the same
+// layout, which the update writes in the same pass.
+//
+// A parameter's gradient moves into the flat buffer as soon as backward has it: the model's
+// gradients never exist twice, and a small one moves while it is in the cache. Parameters that do
+// not require a gradient are frozen: they have master weights, behind all others, but neither
+// moments nor gradient.
 #pragma once
 
 #include <cstdint>
@@ -25,11 +29,15 @@ class Optimizer {
   // Takes the model's present values as master weights and leaves the model in `dtype` (at::kFloat
   // or at::kBFloat16). The model must be fp32 and outlive the optimizer.
   Optimizer(RwkvModel model, const OptimizerConfig& config, at::ScalarType dtype);
+  // Backward passes of the model leave their gradients in its parameters again.
+  ~Optimizer();
+  Optimizer(const Optimizer&) = delete;
+  Optimizer& operator=(const Optimizer&) = delete;
 
-  // Sets the accumulated gradient to zero.
+  // Starts a new sum: the next backward's gradients take the place of the accumulated ones.
   void zero_gradient();
-  // Adds the gradients that backward left in the model's parameters, in fp32, and clears them
-  // there.
+  // To be called after each backward: adds, in fp32, gradients that were put into the parameters by
+  // hand, and sets to zero those of parameters that no backward since zero_gradient() has reached.
   void accumulate_gradient();
   // Global norm of the accumulated gradient, and the name of a tensor in it that is not finite.
   double gradient_norm() const;
@@ -56,6 +64,7 @@ class Optimizer {
     at::Tensor parameter;
     int64_t offset;  // in elements
     bool trained;
+    bool starts_anew = false;  // what the gradient buffer holds is of the step before
   };
   // A stretch of the buffers that is updated alike.
   struct Group {
@@ -65,6 +74,7 @@ class Optimizer {
     int64_t end;
   };
   at::Tensor view_of(const at::Tensor& buffer, const Slot& slot) const;
+  void move_gradient(Slot& slot);
   void write_weights();
 
   OptimizerConfig config_;
@@ -74,6 +84,7 @@ class Optimizer {
   at::Tensor m_;
   at::Tensor v_;
   at::Tensor gradient_;
+  at::Tensor weights_;  // bf16, of a bf16 model; else undefined
   int64_t steps_ = 0;
 };
 

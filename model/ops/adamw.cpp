@@ -1,5 +1,7 @@
 #include "model/ops/adamw.h"
 
+#include <optional>
+
 #include <ATen/ATen.h>
 #include <torch/library.h>
 
@@ -8,8 +10,9 @@ namespace {
 
 TORCH_LIBRARY_FRAGMENT(rookery, library) {
   library.def(
-      "adamw_(Tensor(a!) master, Tensor(b!) m, Tensor(c!) v, Tensor grad, float lr, float beta1, "
-      "float beta2, float eps, float weight_decay, float grad_scale, int step) -> ()");
+      "adamw_(Tensor(a!) master, Tensor(b!) m, Tensor(c!) v, Tensor grad, Tensor(d!)? "
+      "weights, float lr, float beta1, float beta2, float eps, float weight_decay, float "
+      "grad_scale, int step) -> ()");
   library.def("sum_of_squares(Tensor tensor) -> float");
 }
 
@@ -19,11 +22,13 @@ void adamw_(at::Tensor& master,
             at::Tensor& m,
             at::Tensor& v,
             const at::Tensor& grad,
+            const at::Tensor& weights,
             const AdamwSettings& settings) {
   using Update = void(at::Tensor&,
                       at::Tensor&,
                       at::Tensor&,
                       const at::Tensor&,
+                      const std::optional<at::Tensor>&,
                       double,
                       double,
                       double,
@@ -44,10 +49,20 @@ void adamw_(at::Tensor& master,
                 master.numel(),
                 "]");
   }
+  TORCH_CHECK(!weights.defined() || (weights.sizes() == master.sizes() && weights.is_contiguous() &&
+                                     weights.scalar_type() == at::kBFloat16),
+              "adamw_: weights is ",
+              weights.toString(),
+              " ",
+              weights.sizes(),
+              ", expected contiguous bfloat16 [",
+              master.numel(),
+              "]");
   op.call(master,
           m,
           v,
           grad,
+          weights.defined() ? std::optional(weights) : std::nullopt,
           settings.lr,
           settings.beta1,
           settings.beta2,

@@ -12,6 +12,8 @@
 #define RWKV_CPU_CLONES \
   __attribute__((target_clones("arch=x86-64-v4", "arch=x86-64-v3", "default")))
 #define RWKV_INLINE inline __attribute__((always_inline))
+// For the lambdas in a kernel: [&](int64_t i) RWKV_INLINE_LAMBDA { ... }.
+#define RWKV_INLINE_LAMBDA __attribute__((always_inline))
 
 namespace rwkv::ops {
 
@@ -20,6 +22,7 @@ typedef int32_t Int8x32 __attribute__((vector_size(32)));
 typedef uint16_t Bits8 __attribute__((vector_size(16)));
 typedef uint32_t Uint8x32 __attribute__((vector_size(32)));
 typedef double Double4 __attribute__((vector_size(32)));
+typedef int64_t Int4x64 __attribute__((vector_size(32)));
 
 // A bf16 number in memory: the top half of a float.
 struct Bf16 {
@@ -106,11 +109,51 @@ RWKV_INLINE void store_lanes(Element* to, typename VectorOf<Element>::Vector x, 
   std::memcpy(to, padded, static_cast<size_t>(count) * sizeof(Element));
 }
 
+// Calls `work(first, count)` for each vector of a row: the count is a constant but for the last.
+template <typename Element, typename Work>
+RWKV_INLINE void for_each_vector(int64_t size, const Work& work) {
+  constexpr int64_t kLanes = VectorOf<Element>::kLanes;
+  int64_t first = 0;
+  for (; first + kLanes <= size; first += kLanes) {
+    work(first, kLanes);
+  }
+  if (first < size) {
+    work(first, size - first);
+  }
+}
+
+// Zero in all but the first `count` lanes.
+RWKV_INLINE Float8 first_lanes(Float8 x, int64_t count) {
+  const Int8x32 lane = {0, 1, 2, 3, 4, 5, 6, 7};
+  return lane < static_cast<int32_t>(count) ? x : Float8{};
+}
+RWKV_INLINE Double4 first_lanes(Double4 x, int64_t count) {
+  const Int4x64 lane = {0, 1, 2, 3};
+  return lane < count ? x : Double4{};
+}
+
+RWKV_INLINE float sum_of_lanes(Float8 x) {
+  return ((x[0] + x[4]) + (x[1] + x[5])) + ((x[2] + x[6]) + (x[3] + x[7]));
+}
+RWKV_INLINE double sum_of_lanes(Double4 x) {
+  return (x[0] + x[2]) + (x[1] + x[3]);
+}
+
 RWKV_INLINE Float8 max_lanes(Float8 x, Float8 y) {
   return x > y ? x : y;
 }
 RWKV_INLINE Double4 max_lanes(Double4 x, Double4 y) {
   return x > y ? x : y;
+}
+
+// Written so that the compiler finds the vector instruction.
+template <typename Vector>
+RWKV_INLINE Vector sqrt_lanes(Vector x) {
+  Vector result;
+  for (size_t lane = 0; lane < sizeof x / sizeof x[0]; ++lane) {
+    result[lane] = std::sqrt(x[lane]);
+  }
+  return result;
 }
 
 // e^x for x <= 0; zero below the smallest normal float. Error under 2 units in the last place:
@@ -146,6 +189,14 @@ RWKV_INLINE Double4 exp_lanes(Double4 x) {
     result[lane] = std::exp(x[lane]);
   }
   return result;
+}
+
+// 1 / (1 + e^-x), with an exponential that cannot overflow.
+template <typename Vector>
+RWKV_INLINE Vector sigmoid_lanes(Vector x) {
+  const Vector e = exp_lanes(x > 0 ? -x : x);
+  const Vector one = Vector{} + 1;
+  return (x > 0 ? one : e) / (one + e);
 }
 
 }  // namespace rwkv::ops

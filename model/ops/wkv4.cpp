@@ -1,5 +1,6 @@
 #include "model/ops/wkv4.h"
 
+#include <optional>
 #include <tuple>
 
 #include <ATen/ATen.h>
@@ -19,11 +20,17 @@ void check_shapes(const at::Tensor& w_log_A,
                   const at::Tensor& k_BTA,
                   const at::Tensor& v_BTA,
                   const at::Tensor& u_A,
-                  const at::Tensor& state_B3A) {
+                  const at::Tensor& state_B3A,
+                  const at::Tensor& r_BTA) {
   TORCH_CHECK(k_BTA.dim() == 3, "wkv4: k_BTA is ", k_BTA.sizes(), ", expected [B, T, A]");
   TORCH_CHECK(v_BTA.sizes() == k_BTA.sizes(),
               "wkv4: v_BTA is ",
               v_BTA.sizes(),
+              " but k_BTA is ",
+              k_BTA.sizes());
+  TORCH_CHECK(!r_BTA.defined() || r_BTA.sizes() == k_BTA.sizes(),
+              "wkv4: r_BTA is ",
+              r_BTA.sizes(),
               " but k_BTA is ",
               k_BTA.sizes());
   const int64_t batch_size = k_BTA.size(0);
@@ -53,7 +60,8 @@ void check_dtypes(const at::Tensor& w_log_A,
                   const at::Tensor& k_BTA,
                   const at::Tensor& v_BTA,
                   const at::Tensor& u_A,
-                  const at::Tensor& state_B3A) {
+                  const at::Tensor& state_B3A,
+                  const at::Tensor& r_BTA) {
   const at::ScalarType inputs = k_BTA.scalar_type();
   TORCH_CHECK(inputs == at::kBFloat16 || inputs == at::kFloat || inputs == at::kDouble,
               "wkv4: k_BTA is ",
@@ -62,6 +70,11 @@ void check_dtypes(const at::Tensor& w_log_A,
   TORCH_CHECK(v_BTA.scalar_type() == inputs,
               "wkv4: v_BTA is ",
               v_BTA.scalar_type(),
+              " but k_BTA is ",
+              inputs);
+  TORCH_CHECK(!r_BTA.defined() || r_BTA.scalar_type() == inputs,
+              "wkv4: r_BTA is ",
+              r_BTA.scalar_type(),
               " but k_BTA is ",
               inputs);
   const at::ScalarType exact = inputs == at::kDouble ? at::kDouble : at::kFloat;
@@ -76,28 +89,37 @@ void check_dtypes(const at::Tensor& w_log_A,
   }
 }
 
+std::optional<at::Tensor> optional(const at::Tensor& tensor) {
+  return tensor.defined() ? std::optional(tensor.contiguous()) : std::nullopt;
+}
+
 struct Wkv4Function : torch::autograd::Function<Wkv4Function> {
   static tensor_list forward(AutogradContext* context,
                              const at::Tensor& w_log_A,
                              const at::Tensor& k_BTA,
                              const at::Tensor& v_BTA,
                              const at::Tensor& u_A,
-                             const at::Tensor& state_B3A) {
+                             const at::Tensor& state_B3A,
+                             const std::optional<at::Tensor>& gate_BTA) {
     const at::AutoDispatchBelowAutograd below;
-    context->save_for_backward({w_log_A, k_BTA, v_BTA, u_A, state_B3A});
-    const Wkv4Output output = wkv4(w_log_A, k_BTA, v_BTA, u_A, state_B3A);
+    const at::Tensor r_BTA = gate_BTA.value_or(at::Tensor());
+    context->save_for_backward({w_log_A, k_BTA, v_BTA, u_A, state_B3A, r_BTA});
+    context->set_materialize_grads(false);
+    const Wkv4Output output = wkv4(w_log_A, k_BTA, v_BTA, u_A, state_B3A, r_BTA);
     return {output.y_BTA, output.state_B3A};
   }
 
   static tensor_list backward(AutogradContext* context, tensor_list grads) {
-    using Backward =
-        std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor, at::Tensor>(const at::Tensor&,
-                                                                               const at::Tensor&,
-                                                                               const at::Tensor&,
-                                                                               const at::Tensor&,
-                                                                               const at::Tensor&,
-                                                                               const at::Tensor&,
-                                                                               const at::Tensor&);
+    using Result =
+        std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor, at::Tensor, at::Tensor>;
+    using Backward = Result(const at::Tensor&,
+                            const at::Tensor&,
+                            const at::Tensor&,
+                            const at::Tensor&,
+                            const at::Tensor&,
+                            const std::optional<at::Tensor>&,
+                            const at::Tensor&,
+                            const at::Tensor&);
     static const auto op = c10::Dispatcher::singleton()
                                .findSchemaOrThrow("rookery::wkv4_backward", "")
                                .typed<Backward>();
@@ -105,9 +127,9 @@ struct Wkv4Function : torch::autograd::Function<Wkv4Function> {
     const at::Tensor dy_BTA = grads[0].defined() ? grads[0].contiguous() : at::zeros_like(saved[1]);
     const at::Tensor dstate_B3A =
         grads[1].defined() ? grads[1].contiguous() : at::zeros_like(saved[4]);
-    auto [dw_A, dk_BTA, dv_BTA, du_A, dstate_in_B3A] =
-        op.call(saved[0], saved[1], saved[2], saved[3], saved[4], dy_BTA, dstate_B3A);
-    return {dw_A, dk_BTA, dv_BTA, du_A, dstate_in_B3A};
+    auto [dw_A, dk_BTA, dv_BTA, du_A, dstate_in_B3A, dr_BTA] = op.call(
+        saved[0], saved[1], saved[2], saved[3], saved[4], optional(saved[5]), dy_BTA, dstate_B3A);
+    return {dw_A, dk_BTA, dv_BTA, du_A, dstate_in_B3A, dr_BTA};
   }
 };
 
@@ -115,16 +137,19 @@ std::tuple<at::Tensor, at::Tensor> wkv4_autograd(const at::Tensor& w_log_A,
                                                  const at::Tensor& k_BTA,
                                                  const at::Tensor& v_BTA,
                                                  const at::Tensor& u_A,
-                                                 const at::Tensor& state_B3A) {
-  const tensor_list output = Wkv4Function::apply(w_log_A, k_BTA, v_BTA, u_A, state_B3A);
+                                                 const at::Tensor& state_B3A,
+                                                 const std::optional<at::Tensor>& r_BTA) {
+  const tensor_list output = Wkv4Function::apply(w_log_A, k_BTA, v_BTA, u_A, state_B3A, r_BTA);
   return {output[0], output[1]};
 }
 
 TORCH_LIBRARY_FRAGMENT(rookery, library) {
-  library.def("wkv4(Tensor w_log, Tensor k, Tensor v, Tensor u, Tensor state) -> (Tensor, Tensor)");
   library.def(
-      "wkv4_backward(Tensor w_log, Tensor k, Tensor v, Tensor u, Tensor state, Tensor dy, "
-      "Tensor dstate_out) -> (Tensor, Tensor, Tensor, Tensor, Tensor)");
+      "wkv4(Tensor w_log, Tensor k, Tensor v, Tensor u, Tensor state, Tensor? r) -> (Tensor, "
+      "Tensor)");
+  library.def(
+      "wkv4_backward(Tensor w_log, Tensor k, Tensor v, Tensor u, Tensor state, Tensor? r, Tensor "
+      "dy, Tensor dstate_out) -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)");
 }
 
 TORCH_LIBRARY_IMPL(rookery, Autograd, library) {
@@ -137,21 +162,24 @@ Wkv4Output wkv4(const at::Tensor& w_log_A,
                 const at::Tensor& k_BTA,
                 const at::Tensor& v_BTA,
                 const at::Tensor& u_A,
-                const at::Tensor& state_B3A) {
+                const at::Tensor& state_B3A,
+                const at::Tensor& r_BTA) {
   using Forward = std::tuple<at::Tensor, at::Tensor>(const at::Tensor&,
                                                      const at::Tensor&,
                                                      const at::Tensor&,
                                                      const at::Tensor&,
-                                                     const at::Tensor&);
+                                                     const at::Tensor&,
+                                                     const std::optional<at::Tensor>&);
   static const auto op =
       c10::Dispatcher::singleton().findSchemaOrThrow("rookery::wkv4", "").typed<Forward>();
-  check_shapes(w_log_A, k_BTA, v_BTA, u_A, state_B3A);
-  check_dtypes(w_log_A, k_BTA, v_BTA, u_A, state_B3A);
+  check_shapes(w_log_A, k_BTA, v_BTA, u_A, state_B3A, r_BTA);
+  check_dtypes(w_log_A, k_BTA, v_BTA, u_A, state_B3A, r_BTA);
   auto [y_BTA, state_out_B3A] = op.call(w_log_A.contiguous(),
                                         k_BTA.contiguous(),
                                         v_BTA.contiguous(),
                                         u_A.contiguous(),
-                                        state_B3A.contiguous());
+                                        state_B3A.contiguous(),
+                                        optional(r_BTA));
   return {y_BTA, state_out_B3A};
 }
 

@@ -11,6 +11,8 @@
 //   dv_t = e^{u+k_t} s_t + e^{k_t} al_t
 //   dk_t = e^{u+k_t} s_t (v_t - y_t) + e^{k_t} (al_t v_t - be_t)
 //   du   = sum_t e^{u+k_t} s_t (v_t - y_t)   dw = sum_t e^w (A_t al_t - B_t be_t)
+// With a gate the output is o_t = sigmoid(r_t) y_t: dy_t = sigmoid(r_t) do_t takes dy's place above
+// and dr_t = do_t y_t sigmoid(r_t) (1 - sigmoid(r_t)).
 // Source: RWKV paper, arXiv:2305.13048, section 3 and appendix; the stable form as in
 // BlinkDL/ChatRWKV RWKV_in_150_lines.py.
 #pragma once
@@ -22,26 +24,29 @@
 namespace rwkv::ops {
 
 struct Wkv4Output {
-  at::Tensor y_BTA;      // [B, T, A], dtype of k
+  at::Tensor y_BTA;      // [B, T, A], dtype of k; o where there is a gate
   at::Tensor state_B3A;  // [B, 3, A], dtype of the state: a, b, p after the last token
 };
 
 //   w_log_A    [A], fp32 (fp64 if k is fp64), each value < 0: log of the decay per step
-//   k_BTA      [B, T, A], bf16, fp32 or fp64, contiguous; T may be 0: the state is returned as it
-//   is v_BTA      as k u_A        [A], dtype of w_log state_B3A  [B, 3, A], dtype of w_log,
-//   contiguous: a, b, p before the first token
-// All on one device. Registered as rookery::wkv4 and differentiable in w_log, k, v, u and in a and
-// b of both states; p is a scale, not a quantity: its gradient is zero and the one that comes in is
-// ignored, which is exact for every consumer that uses a and b as a e^p and b e^p.
-// Backward saves the inputs and recomputes y; it needs 3 A (T / 64) floats a thread beside them.
-// Gradients of w_log and u are summed over B in a fixed order: two runs give the same bits,
-// whatever the number of threads. Throws c10::Error naming both shapes if they disagree, and dtypes
-// that are not as above.
+//   k_BTA      [B, T, A], bf16, fp32 or fp64; T may be 0: the state is returned as it is
+//   v_BTA      as k
+//   u_A        [A], dtype of w_log
+//   state_B3A  [B, 3, A], dtype of w_log: a, b, p before the first token
+//   r_BTA      as k, or undefined for no gate
+// All on one device. Registered as rookery::wkv4 and differentiable in w_log, k, v, u, r and in a
+// and b of both states; p is a scale, not a quantity: its gradient is zero and the one that comes
+// in is ignored, which is exact for every consumer that uses a and b as a e^p and b e^p. Backward
+// saves the inputs and recomputes y; it needs 3 A (T / 64) floats a thread beside them. Gradients
+// of w_log and u are summed over B in a fixed order: two runs give the same bits, whatever the
+// number of threads. Throws c10::Error naming both shapes if they disagree, and dtypes that are not
+// as above.
 Wkv4Output wkv4(const at::Tensor& w_log_A,
                 const at::Tensor& k_BTA,
                 const at::Tensor& v_BTA,
                 const at::Tensor& u_A,
-                const at::Tensor& state_B3A);
+                const at::Tensor& state_B3A,
+                const at::Tensor& r_BTA = {});
 
 // The state before any token: a = b = 0, p = -1e38. Options give dtype and device.
 at::Tensor wkv4_initial_state(int64_t batch_size,

@@ -1,13 +1,14 @@
 // CPU kernels of wkv4. A thread owns one batch row and one vector of channels and walks time; all
 // arithmetic is fp32 (fp64 for fp64 inputs). Per token and channel: forward two exponentials and a
-// division, backward six and one. At L6 D384 B8 T256 that is about 2 % of a training
-// step (tests/bench/bench_wkv4.cpp).
+// division, backward six and one; a gate adds one and one to each. `rookery bench ops` times it.
+#include <optional>
 #include <vector>
 
 #include <ATen/ATen.h>
 #include <ATen/Parallel.h>
 #include <torch/library.h>
 
+#include "model/ops/cpu_sums.h"
 #include "model/ops/cpu_vector.h"
 #include "model/ops/wkv4.h"
 
@@ -73,6 +74,7 @@ struct ForwardRow {
   const Scalar* u;
   const Element* k;
   const Element* v;
+  const Element* r;  // null without gate
   const Scalar* state_in;
   Element* y;
   Scalar* state_out;
@@ -91,7 +93,10 @@ RWKV_INLINE void forward_body(const ForwardRow<Element, Scalar>& row, Sizes size
     const Vector k = load_lanes(row.k + t * stride, count);
     const Vector v = load_lanes(row.v + t * stride, count);
     const Weights<Vector> weights = scaled_weights(carry.p, u + k);
-    const Vector y = (weights.x * carry.a + weights.y * v) / (weights.x * carry.b + weights.y);
+    Vector y = (weights.x * carry.a + weights.y * v) / (weights.x * carry.b + weights.y);
+    if (row.r != nullptr) {
+      y *= sigmoid_lanes(load_lanes(row.r + t * stride, count));
+    }
     store_lanes(row.y + t * stride, y, count);
     advance(carry, w_log, k, v);
   }
@@ -106,6 +111,7 @@ struct BackwardRow {
   const Scalar* u;
   const Element* k;
   const Element* v;
+  const Element* r;  // null without gate
   const Scalar* state_in;
   const Element* dy;
   const Scalar* dstate_out;
@@ -113,6 +119,7 @@ struct BackwardRow {
   Scalar* du;
   Element* dk;
   Element* dv;
+  Element* dr;  // null without gate
   Scalar* dstate_in;
 };
 
@@ -166,7 +173,13 @@ RWKV_INLINE void backward_body(const BackwardRow<Element, Scalar>& row,
       const Weights<Vector> weights = scaled_weights(state.p, u + k);
       const Vector denominator = weights.x * state.b + weights.y;
       const Vector y = (weights.x * state.a + weights.y * v) / denominator;
-      const Vector s = load_lanes(row.dy + t * stride, count) / denominator;
+      Vector dy = load_lanes(row.dy + t * stride, count);
+      if (row.r != nullptr) {
+        const Vector gate = sigmoid_lanes(load_lanes(row.r + t * stride, count));
+        dy *= gate;
+        store_lanes(row.dr + t * stride, dy * y * (1 - gate), count);
+      }
+      const Vector s = dy / denominator;
       const Vector bonus = weights.y * s;
       // k + o and w + p + o are at most 0: o is at most minus any later p, which is at least those.
       const Vector later = exp_lanes(k + o);
@@ -222,6 +235,7 @@ void forward(const at::Tensor& w_log_A,
              const at::Tensor& v_BTA,
              const at::Tensor& u_A,
              const at::Tensor& state_B3A,
+             const std::optional<at::Tensor>& r_BTA,
              const at::Tensor& y_BTA,
              const at::Tensor& state_out_B3A) {
   using Scalar = typename VectorOf<Element>::Scalar;
@@ -230,22 +244,29 @@ void forward(const at::Tensor& w_log_A,
   const auto* u = static_cast<const Scalar*>(u_A.const_data_ptr());
   const auto* k = static_cast<const Element*>(k_BTA.const_data_ptr());
   const auto* v = static_cast<const Element*>(v_BTA.const_data_ptr());
+  const auto* r = r_BTA ? static_cast<const Element*>(r_BTA->const_data_ptr()) : nullptr;
   const auto* state_in = static_cast<const Scalar*>(state_B3A.const_data_ptr());
   auto* y = static_cast<Element*>(y_BTA.mutable_data_ptr());
   auto* state_out = static_cast<Scalar*>(state_out_B3A.mutable_data_ptr());
   for_each_row<Element>(k_BTA.size(0), sizes.dim_att, [&](int64_t b, int64_t c, int64_t count) {
     const int64_t at = b * sizes.seq_len * sizes.dim_att + c;
     const int64_t state_at = b * 3 * sizes.dim_att + c;
-    wkv4_forward_kernel(
-        ForwardRow<Element, Scalar>{
-            w_log + c, u + c, k + at, v + at, state_in + state_at, y + at, state_out + state_at},
-        sizes,
-        count);
+    wkv4_forward_kernel(ForwardRow<Element, Scalar>{w_log + c,
+                                                    u + c,
+                                                    k + at,
+                                                    v + at,
+                                                    r == nullptr ? nullptr : r + at,
+                                                    state_in + state_at,
+                                                    y + at,
+                                                    state_out + state_at},
+                        sizes,
+                        count);
   });
 }
 
 struct Gradients {
   at::Tensor dw_log_BA, dk_BTA, dv_BTA, du_BA, dstate_B3A;
+  at::Tensor dr_BTA;  // undefined without gate
 };
 
 template <typename Element>
@@ -254,6 +275,7 @@ void backward(const at::Tensor& w_log_A,
               const at::Tensor& v_BTA,
               const at::Tensor& u_A,
               const at::Tensor& state_B3A,
+              const std::optional<at::Tensor>& r_BTA,
               const at::Tensor& dy_BTA,
               const at::Tensor& dstate_out_B3A,
               const Gradients& out) {
@@ -263,6 +285,8 @@ void backward(const at::Tensor& w_log_A,
   const auto* u = static_cast<const Scalar*>(u_A.const_data_ptr());
   const auto* k = static_cast<const Element*>(k_BTA.const_data_ptr());
   const auto* v = static_cast<const Element*>(v_BTA.const_data_ptr());
+  const auto* r = r_BTA ? static_cast<const Element*>(r_BTA->const_data_ptr()) : nullptr;
+  auto* dr = r_BTA ? static_cast<Element*>(out.dr_BTA.mutable_data_ptr()) : nullptr;
   const auto* state_in = static_cast<const Scalar*>(state_B3A.const_data_ptr());
   const auto* dy = static_cast<const Element*>(dy_BTA.const_data_ptr());
   const auto* dstate_out = static_cast<const Scalar*>(dstate_out_B3A.const_data_ptr());
@@ -282,6 +306,7 @@ void backward(const at::Tensor& w_log_A,
                                                       u + c,
                                                       k + at,
                                                       v + at,
+                                                      r == nullptr ? nullptr : r + at,
                                                       state_in + state_at,
                                                       dy + at,
                                                       dstate_out + state_at,
@@ -289,6 +314,7 @@ void backward(const at::Tensor& w_log_A,
                                                       du + sum_at,
                                                       dk + at,
                                                       dv + at,
+                                                      dr == nullptr ? nullptr : dr + at,
                                                       dstate_in + state_at},
                          sizes,
                          count,
@@ -300,49 +326,52 @@ std::tuple<at::Tensor, at::Tensor> wkv4_cpu(const at::Tensor& w_log_A,
                                             const at::Tensor& k_BTA,
                                             const at::Tensor& v_BTA,
                                             const at::Tensor& u_A,
-                                            const at::Tensor& state_B3A) {
+                                            const at::Tensor& state_B3A,
+                                            const std::optional<at::Tensor>& r_BTA) {
   const at::Tensor y_BTA = at::empty_like(k_BTA);
   const at::Tensor state_out_B3A = at::empty_like(state_B3A);
   const auto kernel = k_BTA.scalar_type() == at::kBFloat16 ? &forward<Bf16>
                       : k_BTA.scalar_type() == at::kFloat  ? &forward<float>
                                                            : &forward<double>;
-  kernel(w_log_A, k_BTA, v_BTA, u_A, state_B3A, y_BTA, state_out_B3A);
+  kernel(w_log_A, k_BTA, v_BTA, u_A, state_B3A, r_BTA, y_BTA, state_out_B3A);
   return {y_BTA, state_out_B3A};
 }
 
-std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor, at::Tensor> wkv4_backward_cpu(
-    const at::Tensor& w_log_A,
-    const at::Tensor& k_BTA,
-    const at::Tensor& v_BTA,
-    const at::Tensor& u_A,
-    const at::Tensor& state_B3A,
-    const at::Tensor& dy_BTA,
-    const at::Tensor& dstate_out_B3A) {
+std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor, at::Tensor, at::Tensor>
+wkv4_backward_cpu(const at::Tensor& w_log_A,
+                  const at::Tensor& k_BTA,
+                  const at::Tensor& v_BTA,
+                  const at::Tensor& u_A,
+                  const at::Tensor& state_B3A,
+                  const std::optional<at::Tensor>& r_BTA,
+                  const at::Tensor& dy_BTA,
+                  const at::Tensor& dstate_out_B3A) {
+  const at::Tensor dr_BTA = r_BTA ? at::empty_like(*r_BTA) : at::Tensor();
   if (k_BTA.size(1) == 0) {
     return {at::zeros_like(w_log_A),
             at::empty_like(k_BTA),
             at::empty_like(v_BTA),
             at::zeros_like(u_A),
-            dstate_out_B3A.clone()};
+            dstate_out_B3A.clone(),
+            dr_BTA};
   }
   const int64_t batch_size = k_BTA.size(0);
   const Gradients out{.dw_log_BA = at::empty({batch_size, k_BTA.size(2)}, w_log_A.options()),
                       .dk_BTA = at::empty_like(k_BTA),
                       .dv_BTA = at::empty_like(v_BTA),
                       .du_BA = at::empty({batch_size, k_BTA.size(2)}, u_A.options()),
-                      .dstate_B3A = at::empty_like(state_B3A)};
+                      .dstate_B3A = at::empty_like(state_B3A),
+                      .dr_BTA = dr_BTA};
   const auto kernel = k_BTA.scalar_type() == at::kBFloat16 ? &backward<Bf16>
                       : k_BTA.scalar_type() == at::kFloat  ? &backward<float>
                                                            : &backward<double>;
-  kernel(w_log_A, k_BTA, v_BTA, u_A, state_B3A, dy_BTA, dstate_out_B3A, out);
-  // Row after row: at::sum would choose its own order by size and threads.
-  at::Tensor dw_log_A = at::zeros_like(w_log_A);
-  at::Tensor du_A = at::zeros_like(u_A);
-  for (int64_t b = 0; b < batch_size; ++b) {
-    dw_log_A.add_(out.dw_log_BA[b]);
-    du_A.add_(out.du_BA[b]);
-  }
-  return {dw_log_A, out.dk_BTA, out.dv_BTA, du_A, out.dstate_B3A};
+  kernel(w_log_A, k_BTA, v_BTA, u_A, state_B3A, r_BTA, dy_BTA, dstate_out_B3A, out);
+  return {sum_in_order(out.dw_log_BA),
+          out.dk_BTA,
+          out.dv_BTA,
+          sum_in_order(out.du_BA),
+          out.dstate_B3A,
+          dr_BTA};
 }
 
 TORCH_LIBRARY_IMPL(rookery, CPU, library) {

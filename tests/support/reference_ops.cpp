@@ -25,4 +25,33 @@ ReferenceWkv4 reference_wkv4(const at::Tensor& w_log_A,
   return {at::stack(y, 1), numerator, denominator};
 }
 
+std::vector<at::Tensor> reference_layer_norm_shift_mix(const at::Tensor& s_BTC,
+                                                       const at::Tensor& weight_C,
+                                                       const at::Tensor& bias_C,
+                                                       const at::Tensor& carry_BC,
+                                                       const at::Tensor& mix_JC,
+                                                       double eps) {
+  const at::Tensor centred = s_BTC - s_BTC.mean({2}, true);
+  const at::Tensor variance = centred.square().mean({2}, true);
+  const at::Tensor n_BTC = centred / (variance + eps).sqrt() * weight_C + bias_C;
+  const int64_t seq_len = s_BTC.size(1);
+  const at::Tensor previous_BTC =
+      at::cat({carry_BC.unsqueeze(1), n_BTC.slice(1, 0, seq_len - 1)}, 1);
+  std::vector<at::Tensor> results{s_BTC * 1.0, n_BTC.select(1, seq_len - 1)};
+  for (int64_t j = 0; j < mix_JC.size(0); ++j) {
+    results.push_back(n_BTC * mix_JC[j] + previous_BTC * (1 - mix_JC[j]));
+  }
+  return results;
+}
+
+at::Tensor reference_cross_entropy(const at::Tensor& logits_NV,
+                                   const at::Tensor& targets_N,
+                                   double l2wrap) {
+  const at::Tensor log_probs_NV = at::log_softmax(logits_NV, 1);
+  const at::Tensor losses_N = -log_probs_NV.gather(1, targets_N.unsqueeze(1)).squeeze(1);
+  const at::Tensor max_N = std::get<0>(logits_NV.max(1));
+  const at::Tensor penalty_N = max_N.square() * (l2wrap / 2);
+  return losses_N + penalty_N - penalty_N.detach();
+}
+
 }  // namespace rwkv::test

@@ -2,6 +2,8 @@
 // float64 with Torch's own autograd. Slow on purpose.
 #pragma once
 
+#include <vector>
+
 #include <ATen/core/Tensor.h>
 
 namespace rwkv::test {
@@ -20,5 +22,19 @@ ReferenceWkv4 reference_wkv4(const at::Tensor& w_log_A,
                              const at::Tensor& u_A,
                              const at::Tensor& numerator_BA,
                              const at::Tensor& denominator_BA);
+
+// layer_norm_shift_mix of s = x + delta: s, n of the last token, then each mix.
+std::vector<at::Tensor> reference_layer_norm_shift_mix(const at::Tensor& s_BTC,
+                                                       const at::Tensor& weight_C,
+                                                       const at::Tensor& bias_C,
+                                                       const at::Tensor& carry_BC,
+                                                       const at::Tensor& mix_JC,
+                                                       double eps);
+
+// Cross entropy of each row. L2Wrap is in the gradient alone: half the square of the largest logit,
+// less its own value.
+at::Tensor reference_cross_entropy(const at::Tensor& logits_NV,
+                                   const at::Tensor& targets_N,
+                                   double l2wrap);
 
 }  // namespace rwkv::test

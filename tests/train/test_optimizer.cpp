@@ -83,6 +83,37 @@ TEST(Optimizer, KeepsFp32MastersOfABf16Model) {
       test::same_bits(parameter, optimizer.master_weights().back().second.to(at::kBFloat16)));
 }
 
+// Norm of what backward of `loss` adds to the accumulated gradient.
+double norm_after(Optimizer& optimizer, const at::Tensor& loss) {
+  loss.backward();
+  optimizer.accumulate_gradient();
+  return optimizer.gradient_norm();
+}
+
+TEST(Optimizer, TakesGradientsOutOfTheModelAndStartsANewSumWhenAsked) {
+  RwkvModel model = open_model(test::golden("rwkv4_odd.safetensors"), at::kFloat);
+  Optimizer optimizer(model, {}, at::kFloat);
+  const at::Tensor head = model->named_parameters()["head.weight"];
+  const at::Tensor bias = model->named_parameters()["ln_out.bias"];
+  const double head_norm = norm_after(optimizer, head.sum());
+  EXPECT_NEAR(head_norm, std::sqrt(head.numel()), 1e-3);
+  EXPECT_FALSE(head.grad().defined());
+  EXPECT_NEAR(norm_after(optimizer, head.sum()), 2 * head_norm, 1e-3);
+  // What no backward reaches after zero_gradient() counts as zero.
+  optimizer.zero_gradient();
+  EXPECT_NEAR(norm_after(optimizer, bias.sum()), std::sqrt(bias.numel()), 1e-5);
+}
+
+TEST(Optimizer, LeavesGradientsToTheModelOnceItIsGone) {
+  RwkvModel model = open_model(test::golden("rwkv4_odd.safetensors"), at::kFloat);
+  std::optional<Optimizer> optimizer;
+  optimizer.emplace(model, OptimizerConfig{}, at::kFloat);
+  optimizer.reset();
+  const at::Tensor head = model->named_parameters()["head.weight"];
+  head.sum().backward();
+  EXPECT_TRUE(test::same_bits(head.grad(), at::ones_like(head)));
+}
+
 TEST(Optimizer, NamesTheFirstGradientThatIsNotFinite) {
   RwkvModel model = open_model(test::golden("rwkv4_odd.safetensors"), at::kFloat);
   Optimizer optimizer(model, {}, at::kFloat);

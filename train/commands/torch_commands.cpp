@@ -9,6 +9,7 @@
 
 #include "data/mapping_guard.h"
 #include "train/commands/commands.h"
+#include "train/cpu_allocator.h"
 #include "train/run_main.h"
 
 namespace rwkv {
@@ -48,6 +49,7 @@ extern "C" int rookery_run_torch_command(const char* name, int argc, char** argv
   using rwkv::BugError;
   // This library has its own copy of what the program and it both need, mappings among it.
   rwkv::report_shrunk_mappings();
+  rwkv::keep_cpu_memory();
   try {
     return rwkv::run(name, argc, argv);
   } catch (const c10::OutOfMemoryError& error) {

@@ -298,6 +298,47 @@ TEST(Wkv4, PassesNanOn) {
   EXPECT_FALSE(y[0][3][2].isnan().item<bool>());
 }
 
+// The gate is the one step that follows the recurrence: sigmoid(r) times what there is without it.
+TEST(Wkv4Gate, MultipliesByTheSigmoidOfR) {
+  for (const auto& [dtype, tolerance] : {std::tuple{at::kDouble, 1e-13},
+                                         std::tuple{at::kFloat, 1e-6},
+                                         std::tuple{at::kBFloat16, 0.01}}) {
+    const at::ScalarType exact = dtype == at::kDouble ? at::kDouble : at::kFloat;
+    const Inputs inputs = cast(random_inputs(2, 67, 21, 1.0), dtype, exact);
+    const at::Tensor r_BTA = (random_inputs(2, 67, 21, 6.0).k_BTA).to(dtype);
+    const auto run_gated = [&](bool fused) {
+      const Inputs leaves{leaf(inputs.w_log_A),
+                          leaf(inputs.k_BTA),
+                          leaf(inputs.v_BTA),
+                          leaf(inputs.u_A),
+                          leaf(inputs.state_B3A),
+                          {},
+                          {}};
+      const at::Tensor r = leaf(r_BTA);
+      const ops::Wkv4Output out = ops::wkv4(leaves.w_log_A,
+                                            leaves.k_BTA,
+                                            leaves.v_BTA,
+                                            leaves.u_A,
+                                            leaves.state_B3A,
+                                            fused ? r : at::Tensor());
+      const at::Tensor o_BTA = fused ? out.y_BTA : out.y_BTA * r.sigmoid();
+      ((o_BTA * inputs.dy_BTA).sum() + (out.state_B3A * inputs.dstate_B3A).sum()).backward();
+      return std::vector{o_BTA.detach(),
+                         out.state_B3A.detach(),
+                         r.grad(),
+                         leaves.k_BTA.grad(),
+                         leaves.v_BTA.grad(),
+                         leaves.u_A.grad(),
+                         leaves.w_log_A.grad(),
+                         leaves.state_B3A.grad()};
+    };
+    const auto fused = run_gated(true), plain = run_gated(false);
+    for (size_t i = 0; i < fused.size(); ++i) {
+      EXPECT_TRUE(test::close_l2(fused[i], plain[i], tolerance)) << dtype << " result " << i;
+    }
+  }
+}
+
 TEST(Wkv4, RejectsMismatchedShapesAndDtypes) {
   const Inputs good = cast(random_inputs(2, 3, 4, 1.0), at::kFloat, at::kFloat);
   const auto text = [](const Inputs& bad) {
@@ -307,6 +348,14 @@ TEST(Wkv4, RejectsMismatchedShapesAndDtypes) {
   Inputs bad = good;
   bad.v_BTA = at::zeros({2, 3, 5});
   EXPECT_THAT(text(bad), testing::HasSubstr("v_BTA is [2, 3, 5] but k_BTA is [2, 3, 4]"));
+  EXPECT_THAT(THROWN_TEXT(c10::Error,
+                          ops::wkv4(good.w_log_A,
+                                    good.k_BTA,
+                                    good.v_BTA,
+                                    good.u_A,
+                                    good.state_B3A,
+                                    at::zeros({2, 3, 5}))),
+              testing::HasSubstr("r_BTA is [2, 3, 5] but k_BTA is [2, 3, 4]"));
   bad = good;
   bad.state_B3A = at::zeros({1, 3, 4});
   EXPECT_THAT(text(bad), testing::HasSubstr("state_B3A is [1, 3, 4], expected [2, 3, 4]"));
@@ -319,8 +368,21 @@ TEST(Wkv4, RejectsMismatchedShapesAndDtypes) {
 }
 
 TEST(Ops, AreAllRegistered) {
-  for (const char* name :
-       {"rookery::wkv4", "rookery::wkv4_backward", "rookery::adamw_", "rookery::sum_of_squares"}) {
+  for (const char* name : {"rookery::wkv4",
+                           "rookery::wkv4_backward",
+                           "rookery::adamw_",
+                           "rookery::sum_of_squares",
+                           "rookery::cross_entropy",
+                           "rookery::cross_entropy_forward",
+                           "rookery::cross_entropy_backward_",
+                           "rookery::embedding",
+                           "rookery::embedding_backward",
+                           "rookery::gated_residual",
+                           "rookery::gated_residual_backward",
+                           "rookery::layer_norm_shift_mix",
+                           "rookery::layer_norm_shift_mix_backward",
+                           "rookery::relu_squared_",
+                           "rookery::relu_squared_backward"}) {
     EXPECT_TRUE(c10::Dispatcher::singleton().findSchema({name, ""}).has_value()) << name;
   }
 }

@@ -1,0 +1,171 @@
+#include "train/cpu_allocator.h"
+
+#include <algorithm>
+#include <cerrno>
+#include <cstdlib>
+#include <iterator>
+#include <limits>
+#include <map>
+#include <mutex>
+#include <unordered_map>
+
+#include <c10/core/Allocator.h>
+#include <c10/util/Exception.h>
+
+#include <sys/mman.h>
+
+namespace rwkv {
+namespace {
+
+constexpr size_t kSmallest = size_t{64} << 10;
+// Of kept blocks; a page.
+constexpr size_t kGranule = 4096;
+// Of the C library's: LibTorch's vector code expects whole cache lines.
+constexpr size_t kAlignment = 64;
+constexpr size_t kHugePage = size_t{2} << 20;
+constexpr size_t kGrowth = 16 * kHugePage;
+
+size_t round_up(size_t bytes, size_t multiple) {
+  return (bytes + multiple - 1) / multiple * multiple;
+}
+
+[[noreturn]] void throw_out_of_memory(size_t bytes) {
+  C10_THROW_ERROR(OutOfMemoryError, c10::str("the system refuses ", bytes, " bytes for a tensor"));
+}
+
+// Blocks of whole pages out of the system's memory.
+class BlockPool {
+ public:
+  void* take(size_t bytes) {
+    if (bytes > std::numeric_limits<size_t>::max() / 2) {
+      throw_out_of_memory(bytes);
+    }
+    const size_t size = round_up(bytes, kGranule);
+    const std::lock_guard lock(mutex_);
+    auto block = smallest_that_fits(size);
+    if (block == free_.end()) {
+      grow(size);
+      block = smallest_that_fits(size);
+    }
+    const auto [start, available] = *block;
+    free_.erase(block);
+    if (available > size) {
+      free_.emplace(start + size, available - size);
+    }
+    used_.emplace(start, size);
+    return start;
+  }
+
+  // False if the block is not one of the pool's.
+  bool give_back(void* pointer) {
+    const std::lock_guard lock(mutex_);
+    const auto found = used_.find(pointer);
+    if (found == used_.end()) {
+      return false;
+    }
+    insert_free(static_cast<char*>(pointer), found->second);
+    used_.erase(found);
+    return true;
+  }
+
+  size_t reserved() {
+    const std::lock_guard lock(mutex_);
+    return reserved_;
+  }
+
+ private:
+  using FreeBlocks = std::map<char*, size_t>;
+
+  // There are some dozens at most, for neighbours join.
+  FreeBlocks::iterator smallest_that_fits(size_t size) {
+    auto best = free_.end();
+    for (auto block = free_.begin(); block != free_.end(); ++block) {
+      if (block->second >= size && (best == free_.end() || block->second < best->second)) {
+        best = block;
+      }
+    }
+    return best;
+  }
+
+  void grow(size_t size) {
+    const size_t bytes = round_up(std::max(size, kGrowth), kHugePage);
+    void* start = mmap(nullptr, bytes, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
+    if (start == MAP_FAILED) {
+      throw_out_of_memory(size);
+    }
+    // Advice alone: without huge pages the memory is as good, and slower.
+    madvise(start, bytes, MADV_HUGEPAGE);
+    reserved_ += bytes;
+    insert_free(static_cast<char*>(start), bytes);
+  }
+
+  void insert_free(char* start, size_t size) {
+    auto after = free_.lower_bound(start);
+    if (after != free_.end() && start + size == after->first) {
+      size += after->second;
+      after = free_.erase(after);
+    }
+    if (after != free_.begin()) {
+      const auto before = std::prev(after);
+      if (before->first + before->second == start) {
+        before->second += size;
+        return;
+      }
+    }
+    free_.emplace(start, size);
+  }
+
+  std::mutex mutex_;
+  FreeBlocks free_;
+  std::unordered_map<void*, size_t> used_;
+  size_t reserved_ = 0;
+};
+
+// Never destroyed: tensors in static variables are freed after main.
+BlockPool& pool() {
+  static auto* const instance = new BlockPool;
+  return *instance;
+}
+
+void* take_small(size_t bytes) {
+  void* pointer = nullptr;
+  if (posix_memalign(&pointer, kAlignment, bytes) != 0) {
+    throw_out_of_memory(bytes);
+  }
+  return pointer;
+}
+
+void give_back(void* pointer) {
+  if (pointer != nullptr && !pool().give_back(pointer)) {
+    std::free(pointer);
+  }
+}
+
+class KeepingAllocator final : public c10::Allocator {
+ public:
+  c10::DataPtr allocate(size_t bytes) override {
+    void* pointer = nullptr;
+    if (bytes > 0) {
+      pointer = bytes < kSmallest ? take_small(bytes) : pool().take(bytes);
+    }
+    return {pointer, pointer, &give_back, c10::Device(c10::DeviceType::CPU)};
+  }
+  c10::DeleterFnPtr raw_deleter() const override { return &give_back; }
+  void copy_data(void* to, const void* from, size_t bytes) const override {
+    default_copy_data(to, from, bytes);
+  }
+};
+
+}  // namespace
+
+void keep_cpu_memory() {
+  static KeepingAllocator allocator;
+  // Above LibTorch's own, which has priority 0.
+  c10::SetAllocator(c10::DeviceType::CPU, &allocator, 1);
+}
+
+size_t kept_cpu_memory() {
+  return pool().reserved();
+}
+
+}  // namespace rwkv

@@ -1,0 +1,22 @@
+// Memory of LibTorch's CPU tensors, kept from step to step.
+//
+// The C library gives large blocks back to the system when they are freed, so that every training
+// step would fault all its pages in again, 4 KiB at a time: a quarter of a step. Here freed blocks
+// stay, on huge pages where the kernel has them, and a step finds what the step before it left.
+#pragma once
+
+#include <cstddef>
+
+namespace rwkv {
+
+// From now on CPU tensors of 64 KiB and more come from kept blocks: the smallest free one that fits
+// is cut to size, and freed neighbours join again. Memory never goes back to the system before the
+// program ends; it grows to what the program once held at a time, and little more. Smaller tensors
+// stay with the C library. An allocation that the system refuses throws c10::OutOfMemoryError with
+// the size asked for. Safe to call again, and from several threads are allocations too.
+void keep_cpu_memory();
+
+// Bytes taken from the system so far.
+size_t kept_cpu_memory();
+
+}  // namespace rwkv
