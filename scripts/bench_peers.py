@@ -47,7 +47,8 @@ def parse_options():
     parser.add_argument("--decode-shape", default="M", help="one of S,M,tiny; default %(default)s")
     parser.add_argument("--dtypes", default="fp32,bf16")
     parser.add_argument("--without", default="", metavar="NAME,...",
-                        help="contenders to leave out, by a part of their name: 'compiled'")
+                        help="contenders to leave out, by a part of their name: 'compiled'; what "
+                        "is left is compared with its first")
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--repeats", type=int, default=5, help="timings a round, of steps")
     parser.add_argument("--prompt-len", type=int, default=512, help="tokens of the prefill")
@@ -268,6 +269,8 @@ def main():
             for title, contenders in TABLES[table](options, folder):
                 contenders = [one for one in contenders
                               if not any(part in one.name for part in options.without)]
+                if not contenders:
+                    continue
                 for _ in range(options.rounds):
                     for contender in contenders:
                         print(f"{title}: {contender.name}", file=sys.stderr, flush=True)

@@ -196,6 +196,8 @@ def byte_of_character():
 
 
 def tiktoken_neox(settings):
+    """Without the file's added tokens for runs of spaces, which its regular expression cannot say:
+    in Tiny Shakespeare 4 of 61,147 ids are others for that."""
     import tiktoken
 
     alphabet = byte_of_character()

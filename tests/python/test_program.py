@@ -239,6 +239,19 @@ class Sentencepiece(Path, unittest.TestCase):
         if out != b"text.model\n":
             raise AssertionError(out)
 
+    def test_eval_by_document_does_without_the_tokenizer_where_its_file_is_gone(self):
+        options = ("--data", "validation", "--by-document")
+        expected = self.evaluate(*options)
+        moved = (self.folder / "text.model").rename(self.folder / "moved.model")
+        self.addCleanup(moved.rename, self.folder / "text.model")
+        result = self.evaluate(*options)
+        self.assertEqual(result["loss"], expected["loss"])
+        self.assertEqual({row["opening"] for row in result["documents"]["worst"]}, {""})
+        done = support.run("eval", "--model", "run", *options, "--tokenizer",
+                           "sentencepiece:text.model", cwd=self.folder)
+        self.assertEqual(done.returncode, 1)
+        self.assertIn(b"text.model", done.stderr)
+
     def test_tokens_are_fewer_than_bytes_and_end_each_document(self):
         record = json.loads((self.folder / "validation.tokenizer.json").read_text())
         self.assertEqual(record["vocab_size"], 320)

@@ -162,14 +162,29 @@ EvalOutput evaluate_windows(const Evaluated& evaluated,
   return output;
 }
 
+// The one that is named, or the configured one if it is still there: a corpus with a record needs
+// it for the openings of documents alone.
+std::unique_ptr<Tokenizer> tokenizer_of_documents(const Evaluated& evaluated,
+                                                  const BinidxFile& corpus) {
+  const auto trained_as = config_in(evaluated.file);
+  if (!evaluated.tokenizer_spec && !(trained_as && trained_as->data.tokenizer)) {
+    return nullptr;
+  }
+  try {
+    return open_tokenizer_of(evaluated.file, evaluated.tokenizer_spec);
+  } catch (const std::exception& error) {
+    if (evaluated.tokenizer_spec || !corpus.tokenizer_record()) {
+      throw;
+    }
+    spdlog::info("documents are shown without their text: {}", error.what());
+    return nullptr;
+  }
+}
+
 // The corpus' documents each by itself. Without a record or a tokenizer, nobody knows which token
 // stands between them.
 EvalOutput evaluate_corpus_documents(const Evaluated& evaluated, const BinidxFile& corpus) {
-  std::unique_ptr<Tokenizer> tokenizer;
-  const auto trained_as = config_in(evaluated.file);
-  if (evaluated.tokenizer_spec || (trained_as && trained_as->data.tokenizer)) {
-    tokenizer = open_tokenizer_of(evaluated.file, evaluated.tokenizer_spec);
-  }
+  const std::unique_ptr<Tokenizer> tokenizer = tokenizer_of_documents(evaluated, corpus);
   const auto& record = corpus.tokenizer_record();
   const std::optional<int32_t> end = record      ? record->end_of_document
                                      : tokenizer ? tokenizer->end_of_document()
