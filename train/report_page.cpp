@@ -417,9 +417,11 @@ std::string readable_fact(const std::string& key, const std::string& value) {
   if (key.ends_with("_bytes")) {
     return bytes_text(amount);
   }
-  return key == "parameters" || key == "train_tokens" || key == "tokens" || key == "step"
-             ? count(amount)
-             : value;
+  if (key.ends_with("_flops_per_s")) {
+    return fmt::format("{:.1f} GFLOP/s", amount / 1e9);
+  }
+  // What is left are counts.
+  return amount == std::floor(amount) ? count(amount) : value;
 }
 
 std::string draw_starts(const RunRecord& run) {
