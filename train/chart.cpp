@@ -81,6 +81,9 @@ Range range_of_y(const Chart& chart) {
     low = std::min(low, 0.0);
     high = std::max(high, 0.0);
   }
+  if (chart.scale == Scale::kFromZero && low == 0 && high == 0) {
+    return {0, 1, false};
+  }
   if (!(high > low)) {
     const double half = low == 0 ? 1 : std::max(std::abs(low) / 2, 1e-300);
     return {low - half, high + half, false};

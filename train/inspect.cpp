@@ -33,6 +33,8 @@ namespace fs = std::filesystem;
 // summary.
 using Json = nlohmann::ordered_json;
 
+constexpr const char* kTags = "tags";  // of an event file
+
 Json number_or_null(double value) {
   return std::isfinite(value) ? Json(value) : Json();
 }
@@ -303,7 +305,7 @@ Json inspect_events(const std::string& path) {
           {"version", version},
           {"events", num_events},
           {"cut_bytes", reader.cut_bytes()},
-          {"tags", tags}};
+          {kTags, tags}};
 }
 
 // ---- Which of them it is
@@ -386,6 +388,15 @@ std::string value_text(const Json& value) {
   return value.is_string() ? value.get<std::string>() : value.is_null() ? "-" : value.dump();
 }
 
+// "kind scalar, points 144": what has many brothers takes a line.
+std::string in_one_line(const Json& object) {
+  std::string text;
+  for (const auto& [key, value] : object.items()) {
+    text += (text.empty() ? "" : ", ") + key + " " + value_text(value);
+  }
+  return text;
+}
+
 // Keys and values in two columns; what is below a key is indented.
 void append_summary(const Json& object, size_t indent, std::string& text) {
   for (const auto& [key, value] : object.items()) {
@@ -393,7 +404,12 @@ void append_summary(const Json& object, size_t indent, std::string& text) {
       continue;
     }
     const std::string name = std::string(indent, ' ') + key;
-    if (value.is_object()) {
+    if (key == kTags) {
+      text += name + "\n";
+      for (const auto& [tag, points] : value.items()) {
+        text += fmt::format("  {:<26} {}\n", tag, in_one_line(points));
+      }
+    } else if (value.is_object()) {
       text += name + "\n";
       append_summary(value, indent + 2, text);
     } else {

@@ -105,6 +105,7 @@ class Inspect(support.Folder):
         tag = inspect(path)["tags"]["loss"]
         self.assertEqual((tag["kind"], tag["points"], tag["last_step"], tag["last_value"]),
                          ("scalar", 3, 2, 1))
+        self.assertIn(b"kind scalar, points 3", support.rookery("inspect", path))
 
     def test_does_not_hand_commands_to_the_terminal(self):
         torch = support.package("torch")

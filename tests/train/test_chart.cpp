@@ -94,6 +94,11 @@ TEST(DrawnChart, IsLogarithmicWhereThatHelps) {
   EXPECT_THAT(draw_chart(chart_of({0, 100}, Scale::kLog), {}, 600), HasSubstr("data-log=\"0\""));
 }
 
+TEST(DrawnChart, OfZerosStandsOnItsAxis) {
+  EXPECT_THAT(draw_chart(chart_of({0, 0}, Scale::kFromZero), {}, 600),
+              HasSubstr("d=\"M0 10000L10000 10000\""));
+}
+
 TEST(DrawnChart, WithoutANumberIsNothing) {
   EXPECT_EQ(draw_chart(chart_of({kNan, std::numeric_limits<double>::infinity(), 1e308}), {}, 600),
             "");
