@@ -1,12 +1,20 @@
-// metrics.jsonl of a run that goes on: opened, and a line appended.
+// The lines that a run writes (metrics.jsonl, samples.jsonl, starts.jsonl): one input as all three,
+// read as for a report, and metrics.jsonl opened as by a run that goes on.
+#include <array>
+
 #include "tests/fuzz/fuzz_file.h"
 #include "train/metrics.h"
+#include "train/run_record.h"
 
 extern "C" int LLVMFuzzerTestOneInput(const uint8_t* data, size_t size) {
-  rwkv::fuzz::feed(
-      {"metrics.jsonl", {data, size}}, rwkv::fuzz::Blame::kFile, [](const std::string& path) {
-        rwkv::MetricsFile file(path, 5);
-        file.write({.step = 6, .total_steps = 10, .tokens = 60, .loss = 2, .smoothed_loss = 2});
-      });
+  const std::span<const uint8_t> bytes(data, size);
+  const std::array files{rwkv::fuzz::File{"metrics.jsonl", bytes},
+                         rwkv::fuzz::File{"samples.jsonl", bytes},
+                         rwkv::fuzz::File{"starts.jsonl", bytes}};
+  rwkv::fuzz::feed(files, rwkv::fuzz::Blame::kFile, [](const std::string& folder) {
+    rwkv::read_run(folder);
+    rwkv::StepFile file(folder + "metrics.jsonl", 5);
+    file.append(6, R"({"step": 6})");
+  });
   return 0;
 }

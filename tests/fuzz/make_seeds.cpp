@@ -313,10 +313,12 @@ void make_run_files(const Seeds& seeds) {
       "dotted",
       "model.version = \"rwkv4\"\ntrain = {run_dir = \"r\", seed = 7}\ndates = [1979-05-27]\n");
   const std::string path = seeds.of("metrics") / "small";
-  MetricsFile metrics(path, 0);
+  StepFile metrics(path, 0);
   for (int64_t step = 1; step <= 8; ++step) {
-    metrics.write({.step = step, .total_steps = 8, .tokens = 10 * step, .loss = 2.5});
+    metrics.append(step, to_json({.step = step, .total_steps = 8, .tokens = 10 * step}));
   }
+  metrics.append(8, R"({"step": 8, "tokens": 80, "prompt": "a", "text": "\u00e4"})");
+  metrics.append(8, R"({"time": 1.7e9, "step": 8, "parameters": 7, "command": ["rookery", null]})");
 }
 
 void make_event_files(const Seeds& seeds) {

@@ -98,6 +98,7 @@ WRITERS = {
     "convert to .safetensors": ("convert model.pth OUT/a.safetensors", "OUT/a.safetensors"),
     "logits": ("logits --model model --tokens 1,2,3,4,5,6,7,8,9,10,11,12 --all --output "
                "OUT/a.safetensors", "OUT/a.safetensors"),
+    "report": ("report model --output OUT/a.html", "OUT/a.html"),
     "train": ("train --config run.toml --set train.run_dir=OUT/run", "OUT/run/"),
 }
 
@@ -165,7 +166,8 @@ class FullDisk(Faults):
                         "train --config run.toml --print-config",
                         "eval --model model --data bytes --ctx-len 4096",
                         "generate --model model --tokenizer bytes --prompt a --length 5",
-                        "logits --model model --tokens 1,2,3"):
+                        "logits --model model --tokens 1,2,3", "inspect model",
+                        "inspect --json model.pth"):
             with self.subTest(command), open("/dev/full", "wb") as full:
                 self.fails(start(*command.split(), stdout=full), "standard output", "disk full")
 
@@ -177,8 +179,8 @@ class FileLimit(Faults):
                 out = self.folder / name.replace(" ", "_")
                 out.mkdir()
                 arguments, named = command_of(name, out)
-                # For `logits` and the model of a tokenizer, both small, less than for the others.
-                limit = 1024 if name in ("tokenizer", "logits") else 8 * PAGE
+                # Less for those whose file is small.
+                limit = 1024 if name in ("tokenizer", "logits", "report") else 8 * PAGE
                 self.fails(start(*arguments, limits=[(resource.RLIMIT_FSIZE, limit)]),
                            named, "File too large", "ulimit -f")
                 for path in out.rglob("*"):
