@@ -2,6 +2,8 @@
 
 #include <ATen/ATen.h>
 
+#include "model/ops/few_rows_linear.h"
+
 namespace rwkv {
 namespace {
 
@@ -13,6 +15,10 @@ MatrixImpl::MatrixImpl(int64_t out_features, int64_t in_features)
     : weight(register_parameter("weight", at::empty({out_features, in_features}))) {}
 
 at::Tensor MatrixImpl::forward(const at::Tensor& x) const {
+  const bool few_rows = x.numel() <= ops::kFewRows * x.size(-1);
+  if (few_rows && !at::GradMode::is_enabled() && x.is_cpu() && x.scalar_type() != at::kDouble) {
+    return ops::few_rows_linear(x, weight);
+  }
   return at::linear(x, weight);
 }
 

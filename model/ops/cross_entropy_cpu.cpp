@@ -2,6 +2,7 @@
 // between the passes: forward reads a row for its maximum and again for the sum of exponentials,
 // backward reads and writes it once.
 #include <algorithm>
+#include <bit>
 #include <cmath>
 #include <limits>
 #include <tuple>
@@ -90,9 +91,12 @@ RWKV_KERNELS(double, double)
 #undef RWKV_KERNELS
 
 // One element as a number, and back with the rounding of the vectors.
-template <typename Element>
-typename VectorOf<Element>::Scalar read_one(const Element* from) {
-  return load_lanes(from, 1)[0];
+template <typename Scalar>
+Scalar read_one(const Scalar* from) {
+  return *from;
+}
+float read_one(const Bf16* from) {
+  return std::bit_cast<float>(uint32_t{from->bits} << 16);
 }
 template <typename Element>
 void write_one(Element* to, typename VectorOf<Element>::Scalar value) {

@@ -37,7 +37,7 @@ struct Wkv4Output {
 // All on one device. Registered as rookery::wkv4 and differentiable in w_log, k, v, u, r and in a
 // and b of both states; p is a scale, not a quantity: its gradient is zero and the one that comes
 // in is ignored, which is exact for every consumer that uses a and b as a e^p and b e^p. Backward
-// saves the inputs and recomputes y; it needs 3 A (T / 64) floats a thread beside them. Gradients
+// saves the inputs and recomputes y; it needs 24 (T / 64) floats a thread beside them. Gradients
 // of w_log and u are summed over B in a fixed order: two runs give the same bits, whatever the
 // number of threads. Throws c10::Error naming both shapes if they disagree, and dtypes that are not
 // as above.

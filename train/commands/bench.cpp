@@ -9,6 +9,7 @@
 #include "data/atomic_file.h"
 #include "data/tokenizer_registry.h"
 #include "train/bench_model.h"
+#include "train/bench_ops.h"
 #include "train/bench_startup.h"
 #include "train/bench_tokenizer.h"
 #include "train/commands/commands.h"
@@ -83,6 +84,16 @@ std::vector<StepShape> shapes_of(const ParseResult& parsed) {
   return shapes;
 }
 
+// With the options of add_batch_options.
+std::vector<StepShape> shapes_with_batch(const ParseResult& parsed) {
+  std::vector<StepShape> shapes = shapes_of(parsed);
+  for (StepShape& shape : shapes) {
+    override_if_given(parsed, "batch", shape.batch_size);
+    override_if_given(parsed, "ctx-len", shape.model.ctx_len);
+  }
+  return shapes;
+}
+
 std::vector<at::ScalarType> dtypes_of(const ParseResult& parsed) {
   const std::string name = parsed["dtype"].as<std::string>();
   if (name == "both") {
@@ -133,11 +144,7 @@ int bench_step_command(int argc, char** argv) {
   if (!parsed) {
     return 0;
   }
-  std::vector<StepShape> shapes = shapes_of(*parsed);
-  for (StepShape& shape : shapes) {
-    override_if_given(*parsed, "batch", shape.batch_size);
-    override_if_given(*parsed, "ctx-len", shape.model.ctx_len);
-  }
+  const std::vector<StepShape> shapes = shapes_with_batch(*parsed);
   const int64_t repeats = positive(*parsed, "repeats");
   report(*parsed, rows_of_all(*parsed, shapes, [&](const StepShape& shape, at::ScalarType dtype) {
     return std::vector{bench_step(shape, dtype, repeats)};
@@ -163,6 +170,28 @@ int bench_decode_command(int argc, char** argv) {
       rows_of_all(*parsed, shapes_of(*parsed), [&](const StepShape& shape, at::ScalarType dtype) {
         return bench_decode(shape.model, prompt_len, dtype, repeats);
       }));
+  return 0;
+}
+
+int bench_ops_command(int argc, char** argv) {
+  cxxopts::Options options("rookery bench ops",
+                           "Times each of rookery's ops, forward and backward, at the sizes of a "
+                           "training step, beside the same maths in LibTorch's own ops.\n");
+  cxxopts::OptionAdder add = options.add_options();
+  add_shape_options(add);
+  add_batch_options(add);
+  add_run_options(add, "15");
+  const auto parsed = parse_options(options, argc, argv, "rookery bench ops --shape S", {});
+  if (!parsed) {
+    return 0;
+  }
+  const int64_t repeats = positive(*parsed, "repeats");
+  report(
+      *parsed,
+      rows_of_all(
+          *parsed, shapes_with_batch(*parsed), [&](const StepShape& shape, at::ScalarType dtype) {
+            return bench_ops(shape, dtype, repeats);
+          }));
   return 0;
 }
 
@@ -230,6 +259,7 @@ struct Benchmark {
 constexpr Benchmark kBenchmarks[] = {
     {"step", "a training step", &bench_step_command},
     {"decode", "prefill and single tokens", &bench_decode_command},
+    {"ops", "each op beside the same maths in LibTorch's ops", &bench_ops_command},
     {"tokenizer", "text to tokens", &bench_tokenizer_command},
     {"startup", "from the command line to the first step", &bench_startup_command},
 };

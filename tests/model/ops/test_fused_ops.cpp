@@ -10,6 +10,7 @@
 
 #include "model/ops/cross_entropy.h"
 #include "model/ops/embedding.h"
+#include "model/ops/few_rows_linear.h"
 #include "model/ops/gated_residual.h"
 #include "model/ops/layer_norm_shift_mix.h"
 #include "model/ops/relu_squared.h"
@@ -286,6 +287,32 @@ TEST(CrossEntropy, NamesATargetOutOfRange) {
   EXPECT_THAT(THROWN_TEXT(c10::Error,
                           ops::cross_entropy(at::zeros({2, 3}), at::tensor({1, 3}, at::kLong), 0)),
               testing::HasSubstr("target 3 of row 1 is not in [0, 3)"));
+}
+
+// ---- few_rows_linear ----------------------------------------------------------------------------
+
+TEST(FewRowsLinear, MatchesTheProductInFloat64) {
+  const FillEmptyWithNan fill;
+  for (const auto& [rows, outputs, inputs] : {std::tuple{1, 1, 1},
+                                              std::tuple{1, 130, 768},
+                                              std::tuple{2, 3, 17},
+                                              std::tuple{4, 201, 40},
+                                              std::tuple{3, 70, 7}}) {
+    for (const at::ScalarType dtype : {at::kFloat, at::kBFloat16}) {
+      const at::Tensor x = normal({rows, 1, inputs}, 1).to(dtype);
+      const at::Tensor weight = normal({outputs, inputs}, 2).to(dtype);
+      const at::Tensor expected = at::linear(x.to(at::kDouble), weight.to(at::kDouble));
+      const at::Tensor y = ops::few_rows_linear(x, weight);
+      EXPECT_TRUE(test::close_l2(y, expected, dtype == at::kFloat ? 1e-6 : 1.0 / 256));
+      // A row's sums do not depend on the rows beside it.
+      EXPECT_TRUE(test::same_bits(ops::few_rows_linear(x[0], weight), y[0]));
+    }
+  }
+}
+
+TEST(FewRowsLinear, RefusesMismatchedShapes) {
+  EXPECT_THAT(THROWN_TEXT(c10::Error, ops::few_rows_linear(at::zeros({1, 3}), at::zeros({2, 4}))),
+              testing::HasSubstr("x is Float [1, 3] but weight_OI is Float [2, 4]"));
 }
 
 // ---- embedding ----------------------------------------------------------------------------------

@@ -377,6 +377,7 @@ TEST(Ops, AreAllRegistered) {
                            "rookery::cross_entropy_backward_",
                            "rookery::embedding",
                            "rookery::embedding_backward",
+                           "rookery::few_rows_linear",
                            "rookery::gated_residual",
                            "rookery::gated_residual_backward",
                            "rookery::layer_norm_shift_mix",

@@ -1,0 +1,217 @@
+#include "train/bench_ops.h"
+
+#include <functional>
+
+#include <ATen/ATen.h>
+#include <torch/csrc/autograd/autograd.h>
+
+#include "model/ops/adamw.h"
+#include "model/ops/cross_entropy.h"
+#include "model/ops/embedding.h"
+#include "model/ops/few_rows_linear.h"
+#include "model/ops/gated_residual.h"
+#include "model/ops/layer_norm_shift_mix.h"
+#include "model/ops/relu_squared.h"
+#include "model/ops/wkv4.h"
+#include "train/machine_rates.h"
+
+namespace rwkv {
+namespace {
+
+using Tensors = std::vector<at::Tensor>;
+using Function = std::function<Tensors(const Tensors&)>;
+
+// An op beside the same maths in plain ops.
+struct OpCase {
+  std::string name;
+  Tensors inputs;
+  Function ours;
+  Function plain;
+  double bytes;  // that must move, each way counted
+};
+
+// Forward, then backward from random gradients of the outputs that need one.
+void run(const Function& function, const Tensors& inputs) {
+  Tensors outputs, grads;
+  for (const at::Tensor& output : function(inputs)) {
+    if (output.requires_grad()) {
+      outputs.push_back(output);
+      grads.push_back(at::ones_like(output));
+    }
+  }
+  if (!outputs.empty()) {
+    torch::autograd::backward(outputs, grads);
+  }
+  for (const at::Tensor& input : inputs) {
+    input.mutable_grad().reset();
+  }
+}
+
+BenchRow time_case(const OpCase& op, at::ScalarType dtype, double copy_rate, int64_t repeats) {
+  std::vector<double> ours_ms, plain_ms;
+  run(op.ours, op.inputs);
+  run(op.plain, op.inputs);
+  for (int64_t i = 0; i < repeats; ++i) {
+    ours_ms.push_back(milliseconds_of([&] { run(op.ours, op.inputs); }));
+    plain_ms.push_back(milliseconds_of([&] { run(op.plain, op.inputs); }));
+  }
+  return {.what = op.name + (dtype == at::kBFloat16 ? " bf16" : " fp32"),
+          .ms = spread_of(ours_ms),
+          .figures = {{"plain_ms", spread_of(plain_ms).median},
+                      {"floor_ms", op.bytes / copy_rate * 1000}}};
+}
+
+at::Tensor leaf(const at::Tensor& tensor) {
+  return tensor.set_requires_grad(true);
+}
+
+Tensors plain_shift_mix(const Tensors& in) {
+  const at::Tensor sum = in[0] + in[1];
+  const at::Tensor n = at::layer_norm(sum, in[2].sizes(), in[2], in[3]);
+  const at::Tensor previous = at::cat({in[4].unsqueeze(1), n.slice(1, 0, n.size(1) - 1)}, 1);
+  Tensors outputs{sum};
+  for (int64_t j = 0; j < in[5].size(0); ++j) {
+    outputs.push_back(n * in[5][j] + previous * (1 - in[5][j]));
+  }
+  return outputs;
+}
+
+// Token by token, with the running maximum that keeps exponentials small.
+Tensors plain_wkv4(const Tensors& in) {
+  at::Tensor a = in[4].select(1, 0), b = in[4].select(1, 1), p = in[4].select(1, 2);
+  Tensors outputs;
+  for (int64_t t = 0; t < in[1].size(1); ++t) {
+    const at::Tensor k = in[1].select(1, t), v = in[2].select(1, t);
+    const at::Tensor q = at::max(p, in[3] + k);
+    const at::Tensor before = (p - q).exp(), now = (in[3] + k - q).exp();
+    outputs.push_back(in[5].select(1, t).sigmoid() * (before * a + now * v) / (before * b + now));
+    const at::Tensor next = at::max(p + in[0], k);
+    const at::Tensor kept = (p + in[0] - next).exp(), added = (k - next).exp();
+    a = kept * a + added * v;
+    b = kept * b + added;
+    p = next;
+  }
+  return {at::stack(outputs, 1)};
+}
+
+Tensors plain_adamw(const Tensors& in) {
+  const at::NoGradGuard no_grad;
+  at::Tensor p = in[0], m = in[1], v = in[2];
+  m.mul_(0.9).add_(in[3], 0.1);
+  v.mul_(0.99).addcmul_(in[3], in[3], 0.01);
+  p.mul_(1 - 1e-5).addcdiv_(m, v.sqrt().add_(1e-8), -1e-4);
+  return {};
+}
+
+std::vector<OpCase> training_cases(const StepShape& shape, at::ScalarType dtype) {
+  const int64_t B = shape.batch_size, T = shape.model.ctx_len, C = shape.model.n_embd;
+  const int64_t V = shape.model.vocab_size;
+  const auto normal = [&](at::IntArrayRef sizes) { return leaf(at::randn(sizes, dtype)); };
+  const at::Tensor tokens_BT = at::randint(V, {B, T}, at::kLong);
+  const at::Tensor state = ops::wkv4_initial_state(B, C, at::TensorOptions(at::kFloat));
+  const double size = static_cast<double>(c10::elementSize(dtype));
+  const double plane = size * static_cast<double>(B * T * C);
+  const double table = size * static_cast<double>(V * C);
+  const double logits = size * static_cast<double>(B * T * V);
+  return {
+      {"layer_norm_shift_mix",
+       {normal({B, T, C}),
+        normal({B, T, C}),
+        normal({C}),
+        normal({C}),
+        normal({B, C}),
+        normal({2, C})},
+       [](const Tensors& in) {
+         const auto out = ops::layer_norm_shift_mix(in[0], in[1], in[2], in[3], in[4], in[5], 1e-5);
+         return Tensors{out.sum_BTC, out.mixed_J[0], out.mixed_J[1]};
+       },
+       &plain_shift_mix,
+       10 * plane},
+      {"wkv4 with gate",
+       {leaf(-at::rand({C})),
+        normal({B, T, C}),
+        normal({B, T, C}),
+        leaf(at::rand({C})),
+        state,
+        normal({B, T, C})},
+       [](const Tensors& in) {
+         return Tensors{ops::wkv4(in[0], in[1], in[2], in[3], in[4], in[5]).y_BTA};
+       },
+       &plain_wkv4,
+       11 * plane},
+      {"gated_residual",
+       {normal({B, T, C}), normal({B, T, C}), normal({B, T, C})},
+       [](const Tensors& in) { return Tensors{ops::gated_residual(in[0], in[1], in[2])}; },
+       [](const Tensors& in) { return Tensors{in[0] + in[1].sigmoid() * in[2]}; },
+       9 * plane},
+      // In place, so both get a copy.
+      {"relu_squared_",
+       {normal({B, T, 4 * C})},
+       [](const Tensors& in) { return Tensors{ops::relu_squared_(in[0].clone())}; },
+       [](const Tensors& in) { return Tensors{in[0].clone().relu().square()}; },
+       7 * 4 * plane},
+      {"cross_entropy",
+       {normal({B * T, V})},
+       [tokens_BT](const Tensors& in) {
+         return Tensors{ops::cross_entropy(in[0].clone(), tokens_BT.flatten(), 1e-4).mean()};
+       },
+       [tokens_BT](const Tensors& in) {
+         return Tensors{
+             at::nll_loss(at::log_softmax(in[0].clone().to(at::kFloat), 1), tokens_BT.flatten())};
+       },
+       5 * logits},
+      {"embedding",
+       {normal({V, C})},
+       [tokens_BT](const Tensors& in) { return Tensors{ops::embedding(in[0], tokens_BT)}; },
+       [tokens_BT](const Tensors& in) { return Tensors{at::embedding(in[0], tokens_BT)}; },
+       3 * plane + table},
+  };
+}
+
+OpCase adamw_case(const StepShape& shape) {
+  const int64_t count = 4 * shape.model.n_embd * shape.model.n_embd;
+  const auto buffer = [&] { return at::rand({count}); };
+  return {"adamw_",
+          {buffer(), buffer(), buffer(), buffer()},
+          [](const Tensors& in) {
+            at::Tensor p = in[0], m = in[1], v = in[2];
+            ops::adamw_(p, m, v, in[3], {}, {.lr = 1e-4, .weight_decay = 0.1});
+            return Tensors{};
+          },
+          &plain_adamw,
+          28.0 * static_cast<double>(count)};
+}
+
+OpCase few_rows_case(const StepShape& shape, at::ScalarType dtype) {
+  const int64_t C = shape.model.n_embd, V = shape.model.vocab_size;
+  const double size = static_cast<double>(c10::elementSize(dtype));
+  return {"few_rows_linear",
+          {at::randn({1, 1, C}, dtype), at::randn({V, C}, dtype)},
+          [](const Tensors& in) {
+            ops::few_rows_linear(in[0], in[1]);
+            return Tensors{};
+          },
+          [](const Tensors& in) {
+            at::linear(in[0], in[1]);
+            return Tensors{};
+          },
+          size * static_cast<double>(V * C)};
+}
+
+}  // namespace
+
+std::vector<BenchRow> bench_ops(const StepShape& shape, at::ScalarType dtype, int64_t repeats) {
+  const double copy_rate = copy_bytes_per_s();
+  std::vector<OpCase> cases = training_cases(shape, dtype);
+  if (dtype == at::kFloat) {
+    cases.push_back(adamw_case(shape));
+  }
+  cases.push_back(few_rows_case(shape, dtype));
+  std::vector<BenchRow> rows;
+  for (const OpCase& op : cases) {
+    rows.push_back(time_case(op, dtype, copy_rate, repeats));
+  }
+  return rows;
+}
+
+}  // namespace rwkv
