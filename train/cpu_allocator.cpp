@@ -88,6 +88,11 @@ class BlockPool {
   }
 
   void grow(size_t size) {
+    // Free blocks that are too small keep their addresses and lose their pages: what start-up left
+    // does not add to what steps need. Once steps repeat, nothing grows.
+    for (const auto& [start, available] : free_) {
+      madvise(start, available, MADV_DONTNEED);
+    }
     const size_t bytes = round_up(std::max(size, kGrowth), kHugePage);
     void* start = mmap(nullptr, bytes, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
     if (start == MAP_FAILED) {

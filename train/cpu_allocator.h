@@ -10,10 +10,10 @@
 namespace rwkv {
 
 // From now on CPU tensors of 64 KiB and more come from kept blocks: the smallest free one that fits
-// is cut to size, and freed neighbours join again. Memory never goes back to the system before the
-// program ends; it grows to what the program once held at a time, and little more. Smaller tensors
-// stay with the C library. An allocation that the system refuses throws c10::OutOfMemoryError with
-// the size asked for. Safe to call again, and from several threads are allocations too.
+// is cut to size, and freed neighbours join again. Blocks are given back to the system only where
+// more must be asked of it, so a repeated step never faults. Smaller tensors stay with the C
+// library. An allocation that the system refuses throws c10::OutOfMemoryError with the size asked
+// for. Safe to call again; allocations are safe from several threads.
 void keep_cpu_memory();
 
 // Bytes taken from the system so far.

@@ -89,19 +89,14 @@ Optimizer::Optimizer(RwkvModel model, const OptimizerConfig& config, at::ScalarT
     groups_.back().end = size;
   }
   master_ = at::zeros({size}, at::kFloat);
-  m_ = at::zeros({trained_size}, at::kFloat);
-  v_ = at::zeros_like(m_);
-  gradient_ = at::zeros_like(m_);
-
-  for (const Slot& slot : slots_) {
-    view_of(master_, slot).copy_(slot.parameter);
-  }
-  model->set_dtype(dtype);
   if (dtype == at::kBFloat16) {
     weights_ = at::zeros({size}, dtype);
   }
-  for (Slot& slot : slots_) {
-    const bool exact = slot.parameter.scalar_type() == at::kFloat;
+  // The model's own tensors go one by one, before the other buffers come.
+  for (size_t i = 0; i < slots_.size(); ++i) {
+    Slot& slot = slots_[i];
+    view_of(master_, slot).copy_(slot.parameter);
+    const bool exact = dtype == at::kFloat || traits[i].keep_fp32;
     slot.parameter.set_data(view_of(exact ? master_ : weights_, slot));
     if (slot.trained) {
       torch::autograd::impl::set_post_acc_grad_hooks(
@@ -109,6 +104,9 @@ Optimizer::Optimizer(RwkvModel model, const OptimizerConfig& config, at::ScalarT
           std::make_unique<GradientHook>([this, place = &slot] { move_gradient(*place); }));
     }
   }
+  m_ = at::zeros({trained_size}, at::kFloat);
+  v_ = at::zeros_like(m_);
+  gradient_ = at::zeros_like(m_);
   write_weights();
 }
 
