@@ -337,6 +337,29 @@ class Bench(support.Folder):
         printed = rookery("bench", "tokenizer", "--megabytes", 1, "--tokenizer", "bytes").decode()
         self.assertRegex(printed, r"(?m)^tokenizer bytes +\d\S* \[\S+-\S+\] +\S+ +1000000 ")
 
+    TINY = ("--shape", "S", "--n-layer", 1, "--n-embd", 24, "--vocab", 50, "--repeats", 2)
+
+    def test_of_a_step_and_of_decoding_give_times_beside_floors(self):
+        rows = self.rows("step", *self.TINY, "--batch", 2, "--ctx-len", 5)
+        self.assertEqual([row["what"] for row in rows],
+                         [f"step L1 D24 V50 {dtype} B2 T5" for dtype in ("fp32", "bf16")])
+        for row in rows:
+            self.assertAlmostEqual(row["tokens_per_s"], 10 / row["median_ms"] * 1000, delta=1e-3)
+            self.assertGreater(row["floor_ms"], 0)
+            self.assertGreater(row["backward_ms"], 0)
+        rows = self.rows("decode", *self.TINY, "--prompt-len", 7, "--dtype", "bf16")
+        self.assertEqual([row["what"] for row in rows],
+                         ["prefill of 7 L1 D24 V50 bf16", "decode a token L1 D24 V50 bf16"])
+
+    def test_of_ops_has_every_op_beside_plain_ones(self):
+        rows = self.rows("ops", *self.TINY, "--batch", 2, "--ctx-len", 5, "--dtype", "fp32")
+        self.assertEqual([row["what"].split()[0] for row in rows],
+                         ["layer_norm_shift_mix", "wkv4", "gated_residual", "relu_squared_",
+                          "cross_entropy", "embedding", "adamw_", "few_rows_linear"])
+        for row in rows:
+            self.assertGreater(row["plain_ms"], 0)
+            self.assertGreater(row["floor_ms"], 0)
+
     def test_of_the_start_ends_with_the_first_step_and_leaves_nothing(self):
         with unittest.mock.patch.dict(os.environ, TMPDIR=str(self.folder)):
             helped, trained = self.rows("startup", "--repeats", 1)
