@@ -22,8 +22,8 @@
 #include "model/version_shapes.h"
 #include "train/config_file.h"
 #include "train/event_file.h"
+#include "train/report/run_record.h"
 #include "train/run_folder.h"
-#include "train/run_record.h"
 
 namespace rwkv {
 namespace {

@@ -4,7 +4,7 @@
 
 #include "tests/fuzz/fuzz_file.h"
 #include "train/metrics.h"
-#include "train/run_record.h"
+#include "train/report/run_record.h"
 
 extern "C" int LLVMFuzzerTestOneInput(const uint8_t* data, size_t size) {
   const std::span<const uint8_t> bytes(data, size);

@@ -248,6 +248,17 @@ class Begins(Life):
         done = self.train("next", "--set", "train.total_minutes=5")
         self.assertEqual(done.returncode, 0, done.stderr.decode())
 
+    def test_with_the_configuration_for_fine_tuning(self):
+        config = pathlib.Path(__file__).parents[2] / "configs/finetune_rwkv4.toml"
+        settings = ("init.from=released.pth", "data.train=text", "data.tokenizer=bytes",
+                    "train.run_dir=tuned", "train.total_steps=2", "model.ctx_len=32",
+                    "schedule.warmup_tokens=64", "train.threads=1")
+        rookery("train", "--config", config, *(word for setting in settings
+                                               for word in ("--set", setting)), cwd=self.folder)
+        self.assertEqual(support.checkpoints(self.folder / "tuned"), ["step_00000002"])
+        self.assertAlmostEqual(support.metrics(self.folder / "tuned")[0]["loss"], self.last_loss,
+                               delta=0.5)
+
     def test_whose_shape_options_only_confirm(self):
         init = {"from": "released.pth"}
         for option, found in (("model.n_layer=3", "has 2"), ("model.n_embd=64", "has 32"),

@@ -1,4 +1,4 @@
-#include "train/bench.h"
+#include "train/bench/bench.h"
 
 #include <filesystem>
 #include <iostream>
@@ -8,10 +8,10 @@
 
 #include "data/atomic_file.h"
 #include "data/tokenizer_registry.h"
-#include "train/bench_model.h"
-#include "train/bench_ops.h"
-#include "train/bench_startup.h"
-#include "train/bench_tokenizer.h"
+#include "train/bench/bench_model.h"
+#include "train/bench/bench_ops.h"
+#include "train/bench/bench_startup.h"
+#include "train/bench/bench_tokenizer.h"
 #include "train/commands/commands.h"
 
 namespace rwkv {

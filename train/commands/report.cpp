@@ -3,7 +3,7 @@
 
 #include "data/atomic_file.h"
 #include "train/commands/commands.h"
-#include "train/report_page.h"
+#include "train/report/report_page.h"
 
 namespace rwkv {
 namespace {

@@ -6,7 +6,7 @@
 #include <ATen/core/ScalarType.h>
 
 #include "model/model_config.h"
-#include "train/bench.h"
+#include "train/bench/bench.h"
 
 namespace rwkv {
 

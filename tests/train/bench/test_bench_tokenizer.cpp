@@ -2,7 +2,7 @@
 #include <gtest/gtest.h>
 
 #include "tests/support/test_data.h"
-#include "train/bench_tokenizer.h"
+#include "train/bench/bench_tokenizer.h"
 
 namespace rwkv {
 namespace {

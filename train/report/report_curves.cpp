@@ -1,11 +1,11 @@
-#include "train/report_curves.h"
+#include "train/report/report_curves.h"
 
 #include <algorithm>
 #include <cmath>
 #include <utility>
 #include <vector>
 
-#include "train/chart.h"
+#include "train/report/chart.h"
 
 namespace rwkv {
 namespace {

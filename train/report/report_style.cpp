@@ -1,4 +1,4 @@
-#include "train/report_style.h"
+#include "train/report/report_style.h"
 
 namespace rwkv {
 

@@ -5,7 +5,7 @@
 #include <string>
 #include <vector>
 
-#include "train/bench.h"
+#include "train/bench/bench.h"
 
 namespace rwkv {
 

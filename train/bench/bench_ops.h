@@ -5,8 +5,8 @@
 
 #include <ATen/core/ScalarType.h>
 
-#include "train/bench.h"
-#include "train/bench_model.h"
+#include "train/bench/bench.h"
+#include "train/bench/bench_model.h"
 
 namespace rwkv {
 

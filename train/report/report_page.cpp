@@ -1,4 +1,4 @@
-#include "train/report_page.h"
+#include "train/report/report_page.h"
 
 #include <algorithm>
 #include <cmath>
@@ -10,10 +10,10 @@
 #include <fmt/format.h>
 
 #include "data/number_text.h"
-#include "train/chart.h"
 #include "train/metrics.h"
-#include "train/report_curves.h"
-#include "train/report_style.h"
+#include "train/report/chart.h"
+#include "train/report/report_curves.h"
+#include "train/report/report_style.h"
 
 namespace rwkv {
 namespace {

@@ -1,4 +1,4 @@
-#include "train/bench_ops.h"
+#include "train/bench/bench_ops.h"
 
 #include <functional>
 

@@ -1,4 +1,4 @@
-#include "train/bench.h"
+#include "train/bench/bench.h"
 
 #include <algorithm>
 #include <array>

@@ -6,7 +6,7 @@
 #include <span>
 #include <string>
 
-#include "train/run_record.h"
+#include "train/report/run_record.h"
 
 namespace rwkv {
 

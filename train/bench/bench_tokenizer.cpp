@@ -1,4 +1,4 @@
-#include "train/bench_tokenizer.h"
+#include "train/bench/bench_tokenizer.h"
 
 #include <array>
 #include <cmath>

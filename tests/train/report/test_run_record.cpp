@@ -5,8 +5,8 @@
 #include <gtest/gtest.h>
 
 #include "tests/support/test_data.h"
-#include "train/report_page.h"
-#include "train/run_record.h"
+#include "train/report/report_page.h"
+#include "train/report/run_record.h"
 
 namespace rwkv {
 namespace {

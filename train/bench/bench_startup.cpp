@@ -1,4 +1,4 @@
-#include "train/bench_startup.h"
+#include "train/bench/bench_startup.h"
 
 #include <chrono>
 #include <csignal>

@@ -7,7 +7,7 @@
 #include <vector>
 
 #include "data/text_reader.h"
-#include "train/bench.h"
+#include "train/bench/bench.h"
 
 namespace rwkv {
 

@@ -4,7 +4,7 @@
 #include <gmock/gmock.h>
 #include <gtest/gtest.h>
 
-#include "train/chart.h"
+#include "train/report/chart.h"
 
 namespace rwkv {
 namespace {

@@ -1,4 +1,4 @@
-#include "train/bench_model.h"
+#include "train/bench/bench_model.h"
 
 #include <ATen/ATen.h>
 
