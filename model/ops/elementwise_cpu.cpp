@@ -55,13 +55,10 @@ RWKV_INLINE void relu_squared_body(Element* x, int64_t size) {
 }
 
 template <typename Element>
-RWKV_INLINE void relu_squared_backward_body(const Element* h,
-                                            const Element* dh,
-                                            Element* dx,
-                                            int64_t size) {
+RWKV_INLINE void relu_squared_backward_body(Element* h, const Element* dh, int64_t size) {
   for_each_vector<Element>(size, [&](int64_t i, int64_t count) RWKV_INLINE_LAMBDA {
     const auto root = sqrt_lanes(load_lanes(h + i, count));
-    store_lanes(dx + i, 2 * root * load_lanes(dh + i, count), count);
+    store_lanes(h + i, 2 * root * load_lanes(dh + i, count), count);
   });
 }
 
@@ -82,8 +79,8 @@ RWKV_INLINE void relu_squared_backward_body(const Element* h,
     relu_squared_body(x, size);                                                           \
   }                                                                                       \
   RWKV_CPU_CLONES void relu_squared_backward_kernel(                                      \
-      const Element* h, const Element* dh, Element* dx, int64_t size) {                   \
-    relu_squared_backward_body(h, dh, dx, size);                                          \
+      Element* h, const Element* dh, int64_t size) {                                      \
+    relu_squared_backward_body(h, dh, size);                                              \
   }
 RWKV_KERNELS(float)
 RWKV_KERNELS(Bf16)
@@ -158,23 +155,22 @@ at::Tensor& relu_squared_cpu(at::Tensor& x) {
   return x;
 }
 
-at::Tensor relu_squared_backward_cpu(const at::Tensor& h, const at::Tensor& dh) {
-  const at::Tensor dx = at::empty_like(h);
+at::Tensor& relu_squared_backward_cpu(at::Tensor& h, const at::Tensor& dh) {
   with_element_of(h, [&](auto* type) {
-    const auto *h_data = data_of(type, h), *dh_data = data_of(type, dh);
-    auto* dx_data = mutable_data_of(type, dx);
+    auto* h_data = mutable_data_of(type, h);
+    const auto* dh_data = data_of(type, dh);
     at::parallel_for(0, h.numel(), kGrain, [&](int64_t begin, int64_t end) {
-      relu_squared_backward_kernel(h_data + begin, dh_data + begin, dx_data + begin, end - begin);
+      relu_squared_backward_kernel(h_data + begin, dh_data + begin, end - begin);
     });
   });
-  return dx;
+  return h;
 }
 
 TORCH_LIBRARY_IMPL(rookery, CPU, library) {
   library.impl("gated_residual", &gated_residual_cpu);
   library.impl("gated_residual_backward", &gated_residual_backward_cpu);
   library.impl("relu_squared_", &relu_squared_cpu);
-  library.impl("relu_squared_backward", &relu_squared_backward_cpu);
+  library.impl("relu_squared_backward_", &relu_squared_backward_cpu);
 }
 
 }  // namespace

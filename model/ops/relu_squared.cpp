@@ -29,9 +29,11 @@ struct ReluSquaredFunction : torch::autograd::Function<ReluSquaredFunction> {
 
   static tensor_list backward(AutogradContext* context, tensor_list grads) {
     static const auto op = c10::Dispatcher::singleton()
-                               .findSchemaOrThrow("rookery::relu_squared_backward", "")
-                               .typed<at::Tensor(const at::Tensor&, const at::Tensor&)>();
-    return {op.call(context->get_saved_variables()[0], grads[0].contiguous())};
+                               .findSchemaOrThrow("rookery::relu_squared_backward_", "")
+                               .typed<at::Tensor&(at::Tensor&, const at::Tensor&)>();
+    at::Tensor h = context->get_saved_variables()[0].detach();
+    op.call(h, grads[0].contiguous());
+    return {h};
   }
 };
 
@@ -42,7 +44,7 @@ at::Tensor& relu_squared_autograd(at::Tensor& x) {
 
 TORCH_LIBRARY_FRAGMENT(rookery, library) {
   library.def("relu_squared_(Tensor(a!) x) -> Tensor(a!)");
-  library.def("relu_squared_backward(Tensor h, Tensor dh) -> Tensor");
+  library.def("relu_squared_backward_(Tensor(a!) h, Tensor dh) -> Tensor(a!)");
 }
 
 TORCH_LIBRARY_IMPL(rookery, Autograd, library) {

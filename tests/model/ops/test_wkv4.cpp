@@ -383,7 +383,7 @@ TEST(Ops, AreAllRegistered) {
                            "rookery::layer_norm_shift_mix",
                            "rookery::layer_norm_shift_mix_backward",
                            "rookery::relu_squared_",
-                           "rookery::relu_squared_backward"}) {
+                           "rookery::relu_squared_backward_"}) {
     EXPECT_TRUE(c10::Dispatcher::singleton().findSchema({name, ""}).has_value()) << name;
   }
 }
