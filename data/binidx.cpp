@@ -10,6 +10,7 @@
 #include <nlohmann/json.hpp>
 #include <unistd.h>
 
+#include "data/content_hash.h"
 #include "data/json_text.h"
 #include "data/number_text.h"
 
@@ -289,6 +290,25 @@ int64_t BinidxFile::document_begin(int64_t i) const {
 int64_t BinidxFile::document_end(int64_t i) const {
   document_begin(i);  // for its check of i
   return item_begin(document_mark(i + 1));
+}
+
+std::string BinidxFile::fingerprint() const {
+  constexpr size_t kStretches = 64;
+  constexpr size_t kStretchBytes = 4096;
+  const std::span<const std::byte> bin = bin_.bytes();
+  std::vector<std::byte> seen;
+  if (bin.size() <= kStretches * kStretchBytes) {
+    seen.assign(bin.begin(), bin.end());
+  } else {
+    const size_t last_begin = bin.size() - kStretchBytes;
+    for (size_t i = 0; i < kStretches; ++i) {
+      // In this order, for the product of two sizes could overflow.
+      const size_t begin = last_begin / (kStretches - 1) * i;
+      const auto stretch = bin.subspan(i + 1 == kStretches ? last_begin : begin, kStretchBytes);
+      seen.insert(seen.end(), stretch.begin(), stretch.end());
+    }
+  }
+  return counted(num_tokens_) + " tokens (" + content_hash(seen) + ")";
 }
 
 void BinidxFile::read(int64_t begin, std::span<int64_t> out) const {

@@ -24,6 +24,12 @@ int64_t sample_token(const at::Tensor& logits_V,
                      const SamplingOptions& options,
                      at::Generator generator) {
   const at::NoGradGuard no_grad;
+  if (!logits_V.isfinite().all().item<bool>()) {
+    throw std::runtime_error(
+        "the model's logits are not finite, so no token can be drawn; rookery inspect names "
+        "tensors "
+        "with values that are not finite");
+  }
   if (options.temperature == 0) {
     return logits_V.argmax().item<int64_t>();
   }

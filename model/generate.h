@@ -17,8 +17,9 @@ struct SamplingOptions {
   void validate() const;
 };
 
-// Draws a token from logits_V [V]. Filters act in the order top_k, top_p, temperature: RWKV's
-// demos cut the distribution first and flatten what is left.
+// Draws a token from logits_V [V]. Throws std::runtime_error if they are not finite. Filters act in
+// the order top_k, top_p, temperature: RWKV's demos cut the distribution first and flatten what is
+// left.
 int64_t sample_token(const at::Tensor& logits_V,
                      const SamplingOptions& options,
                      at::Generator generator);

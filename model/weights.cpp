@@ -140,28 +140,39 @@ bool matches_any(const std::vector<std::string>& patterns, const std::string& na
   });
 }
 
-void load_weights(RwkvModel& model, const WeightFile& file, const LoadRules& rules) {
+LoadReport load_weights(RwkvModel& model, const WeightFile& file, const LoadRules& rules) {
   const at::NoGradGuard no_grad;
+  LoadReport report;
   const ModelConfig& config = model->config();
   auto parameters = model->named_parameters();
   for (auto& item : parameters) {
     const StoredTensor* stored = file.find(item.key());
     if (stored != nullptr) {
       load_parameter(item.key(), item.value(), *stored, {file.path, config, rules.new_rows});
-    } else if (!matches_any(rules.may_be_missing, item.key())) {
+      if (item.key() == "emb.weight") {
+        report.new_rows = item.value().size(0) - stored->shape[0];
+      }
+    } else if (matches_any(rules.may_be_missing, item.key())) {
+      report.missing.push_back(item.key());
+    } else {
       throw std::runtime_error(file.path + ": " + item.key() + " is missing; expected " +
                                to_string(item.value().sizes()) + " for a model of version " +
                                config.version);
     }
   }
   for (const StoredTensor& stored : file.tensors) {
-    if (!parameters.contains(stored.name) && !matches_any(rules.may_be_unexpected, stored.name)) {
+    if (parameters.contains(stored.name)) {
+      continue;
+    }
+    if (!matches_any(rules.may_be_unexpected, stored.name)) {
       throw std::runtime_error(
           file.path + ": " + stored.name + " is unexpected in a model of version " +
           config.version + " with " + std::to_string(config.n_layer) +
           " layers; is it a variant, or does the file hold more than weights?");
     }
+    report.left_out.push_back(stored.name);
   }
+  return report;
 }
 
 ModelConfig config_of(const WeightFile& file) {

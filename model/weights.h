@@ -39,11 +39,18 @@ struct LoadRules {
   NewRows new_rows = NewRows::kRefused;
 };
 
+// What load_weights() made use of in its rules.
+struct LoadReport {
+  std::vector<std::string> missing;   // parameters that kept their values
+  std::vector<std::string> left_out;  // tensors of the file
+  int64_t new_rows = 0;               // of emb.weight and head.weight each
+};
+
 // Copies a file's tensors into the model's parameters, converting dtypes. Vectors may have other
 // axes of size 1 than the model's ([C] for [1, 1, C]).
 // Throws std::runtime_error naming the file and the first tensor that is missing, unexpected or of
 // another shape, with both shapes.
-void load_weights(RwkvModel& model, const WeightFile& file, const LoadRules& rules = {});
+LoadReport load_weights(RwkvModel& model, const WeightFile& file, const LoadRules& rules = {});
 
 // The version and sizes that a file's tensors tell. Throws std::runtime_error naming the file.
 ModelConfig config_of(const WeightFile& file);

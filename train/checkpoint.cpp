@@ -31,12 +31,41 @@ void check_state(const SavedRun& saved, const std::string& path) {
   const int64_t tokens = saved.config.tokens_per_step();
   if (state.step < 0 || !is_steps_of(state.samples, samples) ||
       !is_steps_of(state.tokens, tokens)) {
-    throw std::runtime_error(path + ": step " + std::to_string(state.step) + " after " +
-                             std::to_string(state.samples) + " samples and " +
-                             std::to_string(state.tokens) + " tokens, expected " +
-                             std::to_string(samples) + " and " + std::to_string(tokens) +
-                             " of them a step; delete the checkpoint to go on from the one before");
+    throw std::runtime_error(
+        path + ": step " + std::to_string(state.step) + " after " + std::to_string(state.samples) +
+        " samples and " + std::to_string(state.tokens) + " tokens, expected " +
+        std::to_string(samples) + " and " + std::to_string(tokens) + " of them a step");
   }
+}
+
+// Calls `read`; its errors say what to do about a checkpoint that is no longer whole.
+template <typename Read>
+auto read_whole(const Read& read) {
+  try {
+    return read();
+  } catch (const std::runtime_error& error) {
+    throw std::runtime_error(std::string(error.what()) +
+                             "; delete the checkpoint to go on from the one before");
+  }
+}
+
+SavedRun read_saved(const std::string& checkpoint) {
+  const std::string config_path = (fs::path(checkpoint) / "config.toml").string();
+  const std::string state_path = (fs::path(checkpoint) / "trainer.json").string();
+  SavedRun saved{.config = parse_kept_config(read_text_file(config_path), config_path),
+                 .state = {}};
+  try {
+    const auto json = nlohmann::json::parse(read_text_file(state_path));
+    saved.state = {.step = json.at("step"),
+                   .samples = json.at("samples"),
+                   .tokens = json.at("tokens"),
+                   .corpus = json.value("corpus", ""),
+                   .elapsed_s = json.value("elapsed_s", 0.0)};
+  } catch (const nlohmann::json::exception& error) {
+    throw std::runtime_error(state_path + ": not the state of a trainer: " + error.what());
+  }
+  check_state(saved, state_path);
+  return saved;
 }
 
 }  // namespace
@@ -66,6 +95,7 @@ std::string save_checkpoint(const std::string& run_dir,
     const nlohmann::ordered_json progress = {{"step", state.step},
                                              {"samples", state.samples},
                                              {"tokens", state.tokens},
+                                             {"corpus", state.corpus},
                                              {"elapsed_s", state.elapsed_s}};
     write_text(partial / "trainer.json", progress.dump(2) + "\n");
     write_text(partial / "config.toml", config_text);
@@ -78,34 +108,22 @@ std::string save_checkpoint(const std::string& run_dir,
     fs::remove_all(partial, ignored);
     throw;
   }
-  delete_old_checkpoints(run_dir, retention);
+  delete_old_checkpoints(run_dir, state.step, retention);
   return final_path.string();
 }
 
 SavedRun read_saved_run(const std::string& checkpoint) {
-  const std::string config_path = (fs::path(checkpoint) / "config.toml").string();
-  const std::string state_path = (fs::path(checkpoint) / "trainer.json").string();
-  SavedRun saved{.config = parse_kept_config(read_text_file(config_path), config_path),
-                 .state = {}};
-  try {
-    const auto json = nlohmann::json::parse(read_text_file(state_path));
-    saved.state = {.step = json.at("step"),
-                   .samples = json.at("samples"),
-                   .tokens = json.at("tokens"),
-                   .elapsed_s = json.value("elapsed_s", 0.0)};
-  } catch (const nlohmann::json::exception& error) {
-    throw std::runtime_error(state_path + ": not the state of a trainer: " + error.what());
-  }
-  check_state(saved, state_path);
-  return saved;
+  return read_whole([&] { return read_saved(checkpoint); });
 }
 
 void load_optimizer(const std::string& checkpoint,
                     const TrainerState& state,
                     Optimizer& optimizer) {
-  optimizer.load(read_safetensors((fs::path(checkpoint) / "model.safetensors").string()),
-                 read_safetensors((fs::path(checkpoint) / "optimizer.safetensors").string()),
-                 state.step);
+  read_whole([&] {
+    optimizer.load(read_safetensors((fs::path(checkpoint) / "model.safetensors").string()),
+                   read_safetensors((fs::path(checkpoint) / "optimizer.safetensors").string()),
+                   state.step);
+  });
 }
 
 }  // namespace rwkv

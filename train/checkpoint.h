@@ -5,8 +5,8 @@
 //                            the resolved configuration, "rookery.tokenizer" the identity of the
 //                            tokenizer that made the corpus, if it is known
 //     optimizer.safetensors  AdamW's moments as m.<name> and v.<name>, fp32
-//     trainer.json           step, tokens and samples seen: data position and schedule follow; and
-//                            the seconds that it took
+//     trainer.json           step, tokens and samples seen: data position and schedule follow; the
+//                            seconds that it took; the fingerprint of the corpus
 //     config.toml            the resolved configuration
 // A checkpoint is written under a name that starts with "partial_", made durable, and renamed.
 // Nothing random is drawn after the initial weights (sample order is a function of the seed and the
@@ -27,6 +27,7 @@ struct TrainerState {
   int64_t step = 0;      // updates done
   int64_t samples = 0;   // samples consumed: the next one has this number
   int64_t tokens = 0;    // tokens trained on
+  std::string corpus;    // BinidxFile::fingerprint() of data.train; empty: unknown
   double elapsed_s = 0;  // seconds of training, those before restarts included
 };
 

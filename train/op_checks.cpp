@@ -1,5 +1,6 @@
 #include "train/op_checks.h"
 
+#include <algorithm>
 #include <atomic>
 #include <mutex>
 #include <string_view>
@@ -14,6 +15,16 @@ namespace {
 bool returns_unwritten_memory(std::string_view op) {
   return op.starts_with("aten::empty") || op.starts_with("aten::new_empty") ||
          op.starts_with("aten::resize") || op == "aten::set_";
+}
+
+// Ops that hand out a view of what they are given, or the tensor itself, and write nothing: what it
+// holds is an earlier op's, or memory nobody has written yet.
+bool returns_views(const at::RecordFunction& function) {
+  const auto schema = function.operator_schema();
+  return schema && !schema->returns().empty() &&
+         std::all_of(schema->returns().begin(), schema->returns().end(), [](const auto& result) {
+           return result.alias_info() != nullptr && !result.alias_info()->isWrite();
+         });
 }
 
 bool is_finite(const at::Tensor& tensor) {
@@ -105,7 +116,7 @@ struct OpChecks::Log {
   void end(const at::RecordFunction& function, const Call& call) {
     const std::lock_guard lock(mutex);
     ++num_ops;
-    if (!finding.empty() || returns_unwritten_memory(function.name())) {
+    if (!finding.empty() || returns_unwritten_memory(function.name()) || returns_views(function)) {
       return;
     }
     const auto outputs = function.outputs();

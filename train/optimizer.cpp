@@ -168,12 +168,18 @@ double Optimizer::gradient_norm() const {
 }
 
 std::string Optimizer::first_nonfinite_gradient() const {
-  for (const Slot& slot : slots_) {
-    if (slot.trained && !view_of(gradient_, slot).isfinite().all().item<bool>()) {
-      return slot.name;
-    }
-  }
-  return "";
+  // Backward comes to the last tensor first, and hands what is bad on to all before it.
+  const auto found = std::find_if(slots_.rbegin(), slots_.rend(), [&](const Slot& slot) {
+    return slot.trained && !view_of(gradient_, slot).isfinite().all().item<bool>();
+  });
+  return found == slots_.rend() ? "" : found->name;
+}
+
+std::string Optimizer::first_nonfinite_weight() const {
+  const auto found = std::find_if(slots_.begin(), slots_.end(), [&](const Slot& slot) {
+    return !view_of(master_, slot).isfinite().all().item<bool>();
+  });
+  return found == slots_.end() ? "" : found->name;
 }
 
 void Optimizer::step(double lr, double gradient_norm) {

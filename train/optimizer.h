@@ -42,6 +42,8 @@ class Optimizer {
   // Global norm of the accumulated gradient, and the name of a tensor in it that is not finite.
   double gradient_norm() const;
   std::string first_nonfinite_gradient() const;
+  // Name of a tensor of the master weights, frozen ones too, that is not finite; empty if all are.
+  std::string first_nonfinite_weight() const;
   // Scales the accumulated gradient to a global norm of at most clip_norm (factor
   // min(1, clip_norm / (norm + 1e-6)), as torch.nn.utils.clip_grad_norm_), then updates.
   void step(double lr, double gradient_norm);

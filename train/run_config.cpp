@@ -43,7 +43,10 @@ ConfigSection model_section(ModelConfig& m) {
 ConfigSection data_section(DataConfig& d) {
   return {"data",
           {
-              {"train", &d.train, "PREFIX of PREFIX.bin and PREFIX.idx to train on; required"},
+              {"train",
+               &d.train,
+               "PREFIX of PREFIX.bin and PREFIX.idx to train on; required",
+               kMayDiffer},
               {"validation", &d.validation, "prefix to validate on; absent: none", kMayDiffer},
               {"tokenizer", &d.tokenizer, "must be the corpus' if given, as \"bytes\"", kMayDiffer},
               {"order",
@@ -58,7 +61,10 @@ ConfigSection data_section(DataConfig& d) {
 ConfigSection init_section(InitConfig& i) {
   return {"init",
           {
-              {"from", &i.from, "weights to begin with: .pth, .safetensors, a checkpoint, a run"},
+              {"from",
+               &i.from,
+               "weights to begin with: .pth, .safetensors, a checkpoint, a run",
+               kMayDiffer},
               {"allow_missing", &i.allow_missing, "patterns of tensors that the file may lack"},
               {"allow_unexpected", &i.allow_unexpected, "patterns of its tensors to leave out"},
               {"vocab_growth",
@@ -295,6 +301,21 @@ void validate_sample(const SampleConfig& s) {
   }
 }
 
+// What says how to begin with a file, where there is none.
+void validate_init(const InitConfig& init) {
+  const auto reject_without_from = [&](bool given, const char* key) {
+    if (given && !init.from) {
+      throw std::invalid_argument(
+          std::string(key) +
+          " is given without init.from, and would do nothing; give the file "
+          "to begin with, or leave it out");
+    }
+  };
+  reject_without_from(!init.allow_missing.empty(), "init.allow_missing");
+  reject_without_from(!init.allow_unexpected.empty(), "init.allow_unexpected");
+  reject_without_from(init.vocab_growth != VocabGrowth::kRefuse, "init.vocab_growth");
+}
+
 // Two sections at a time: what each accepts alone, but not together.
 void validate_together(const RunConfig& config) {
   const TrainConfig& t = config.train;
@@ -444,6 +465,7 @@ void RunConfig::validate() const {
   }
   given.validate();
   validate_names(data, init);
+  validate_init(init);
   validate_train(train);
   validate_optimizer(optimizer);
   schedule.validate();

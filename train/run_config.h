@@ -155,9 +155,10 @@ struct ResumePoint {
 // What decides over the weights must be equal. What only decides over speed, logging, validation
 // and saving may differ: run_dir, device, threads and micro_batch_size (whose change can change the
 // last bits), total_minutes, what is logged, saved, kept and sampled how often, data.validation and
-// data.tokenizer. So may
-// the length of the run, as long as the learning rate up to the resume point stays what it was:
-// with a constant rate, with warmup_stable_decay before its decay, with any kind during warm-up.
+// data.tokenizer. So may paths: data.train, whose content the trainer compares, and init.from,
+// which is not read again. So may the length of the run, as long as the learning rate up to the
+// resume point stays what it was: with a constant rate, with warmup_stable_decay before its decay,
+// with any kind during warm-up.
 void check_matches_checkpoint(const RunConfig& now,
                               const RunConfig& saved,
                               const ResumePoint& resume);

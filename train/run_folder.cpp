@@ -10,6 +10,7 @@
 #include <vector>
 
 #include <fcntl.h>
+#include <spdlog/spdlog.h>
 #include <sys/file.h>
 #include <unistd.h>
 
@@ -94,8 +95,11 @@ std::optional<std::string> newest_checkpoint(const std::string& run_dir,
   return newest;
 }
 
-void delete_old_checkpoints(const std::string& run_dir, const Retention& retention) {
-  const auto checkpoints = list_checkpoints(run_dir);
+void delete_old_checkpoints(const std::string& run_dir,
+                            int64_t saved_step,
+                            const Retention& retention) {
+  auto checkpoints = list_checkpoints(run_dir);
+  std::erase_if(checkpoints, [&](const auto& found) { return found.first > saved_step; });
   const auto num_old = static_cast<int64_t>(checkpoints.size()) - retention.newest;
   for (int64_t i = 0; i < num_old; ++i) {
     const auto& [step, folder] = checkpoints[static_cast<size_t>(i)];
@@ -159,8 +163,14 @@ RunLock::RunLock(const std::string& run_dir) {
     throw std::runtime_error(path + ": cannot be opened for writing: " + std::strerror(errno) +
                              "; name another train.run_dir");
   }
-  if (flock(file_, LOCK_EX | LOCK_NB) != 0) {
-    const std::string holder = errno == EWOULDBLOCK ? holder_of(file_) : std::strerror(errno);
+  const bool locked = flock(file_, LOCK_EX | LOCK_NB) == 0;
+  if (!locked && errno != EWOULDBLOCK) {
+    spdlog::warn("{}: this file system has no locks ({}); a second run in {} would not be refused",
+                 path,
+                 std::strerror(errno),
+                 run_dir);
+  } else if (!locked) {
+    const std::string holder = holder_of(file_);
     close(file_);
     throw std::runtime_error(run_dir + ": " + holder +
                              " trains in this folder, and two would spoil each other's files; "

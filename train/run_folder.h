@@ -42,8 +42,11 @@ struct Retention {
   int64_t newest = 1;  // 1 or more, so that the last one always stays
   std::optional<int64_t> every_steps = {};
 };
-// Deletes the others, and whatever an interrupted save or deletion left.
-void delete_old_checkpoints(const std::string& run_dir, const Retention& retention);
+// Deletes the others up to `saved_step`, the step just saved, and whatever an interrupted save or
+// deletion left. Folders of later steps are not this run's: they stay, and count for nothing.
+void delete_old_checkpoints(const std::string& run_dir,
+                            int64_t saved_step,
+                            const Retention& retention);
 
 // The weights that a path given by a user means: a run's newest checkpoint, or the path itself (a
 // checkpoint folder or a weight file). Throws std::runtime_error if a run holds no checkpoint.

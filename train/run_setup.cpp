@@ -1,5 +1,6 @@
 #include "train/run_setup.h"
 
+#include <algorithm>
 #include <filesystem>
 #include <iomanip>
 #include <sstream>
@@ -7,13 +8,18 @@
 
 #include <ATen/ATen.h>
 
+#include <spdlog/fmt/ranges.h>
+#include <spdlog/spdlog.h>
+
 #include "data/atomic_file.h"
 #include "data/binidx.h"
 #include "data/tokenizer_registry.h"
 #include "model/formats/format_registry.h"
 #include "model/version_registry.h"
 #include "model/weights.h"
+#include "train/checkpoint.h"
 #include "train/config_value.h"
+#include "train/model_tokenizer.h"
 #include "train/run_folder.h"
 
 namespace rwkv {
@@ -100,8 +106,7 @@ void resolve_sizes(RunConfig& config) {
   }
   // Once there is a checkpoint the file that the run began with is not needed, and may be gone.
   if (const auto checkpoint = newest_checkpoint(config.train.run_dir)) {
-    const std::string path = (std::filesystem::path(*checkpoint) / "config.toml").string();
-    confirm_sizes(config, parse_kept_config(read_text_file(path), path).model, *checkpoint);
+    confirm_sizes(config, read_saved_run(*checkpoint).config.model, *checkpoint);
   } else {
     const std::string path = find_model(*config.init.from);
     confirm_sizes(config, config_of(read_weights(path)), path);
@@ -117,6 +122,22 @@ LoadRules rules_of(const InitConfig& init) {
           .new_rows = new_rows};
 }
 
+// Refuses a pattern that allows what does not occur: it is a slip of the pen, or of the file.
+void require_use(const std::vector<std::string>& patterns,
+                 const std::vector<std::string>& names,
+                 const std::string& key,
+                 const std::string& what) {
+  for (const std::string& pattern : patterns) {
+    const bool used = std::any_of(names.begin(), names.end(), [&](const std::string& name) {
+      return matches_any({pattern}, name);
+    });
+    if (!used) {
+      throw std::invalid_argument(key + ": no tensor that matches \"" + pattern + "\" is " + what +
+                                  "; leave the pattern out");
+    }
+  }
+}
+
 }  // namespace
 
 RunConfig resolve_run_config(RunConfig config) {
@@ -128,6 +149,11 @@ RunConfig resolve_run_config(RunConfig config) {
     const std::string identity = open_tokenizer(*config.data.tokenizer)->identity();
     check_tokenizer(corpus, *config.data.tokenizer, identity);
   }
+  // A grown vocabulary is another tokenizer's.
+  if (config.init.from && config.init.vocab_growth == VocabGrowth::kRefuse &&
+      !newest_checkpoint(config.train.run_dir)) {
+    require_tokenizer_of(read_weights(find_model(*config.init.from)), corpus);
+  }
   if (config.data.validation) {
     check_same_tokenizer(corpus, BinidxFile(*config.data.validation));
   }
@@ -138,8 +164,29 @@ RunConfig resolve_run_config(RunConfig config) {
 
 void set_initial_weights(RwkvModel& model, const RunConfig& config) {
   model->initialise(static_cast<uint64_t>(config.train.seed), config.schedule.lr_init);
-  if (config.init.from) {
-    load_weights(model, read_weights(find_model(*config.init.from)), rules_of(config.init));
+  if (!config.init.from) {
+    return;
+  }
+  const std::string path = find_model(*config.init.from);
+  const LoadReport report = load_weights(model, read_weights(path), rules_of(config.init));
+  require_use(
+      config.init.allow_missing, report.missing, "init.allow_missing", "missing in " + path);
+  require_use(config.init.allow_unexpected,
+              report.left_out,
+              "init.allow_unexpected",
+              "unexpected in " + path);
+  spdlog::info("beginning with the weights of {}", path);
+  if (!report.missing.empty()) {
+    spdlog::info("with initial values: {}", fmt::join(report.missing, ", "));
+  }
+  if (!report.left_out.empty()) {
+    spdlog::info("left out: {}", fmt::join(report.left_out, ", "));
+  }
+  if (report.new_rows > 0) {
+    spdlog::info(
+        "emb.weight and head.weight get {} new rows: {}",
+        report.new_rows,
+        config.init.vocab_growth == VocabGrowth::kMean ? "the mean of the others" : "zero");
   }
 }
 

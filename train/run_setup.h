@@ -15,8 +15,9 @@ namespace rwkv {
 // where weights, corpus, tokenizer and configuration contradict each other.
 RunConfig resolve_run_config(RunConfig config);
 
-// Gives a new model its first values: those of its version, then those of init.from over them.
-// Throws std::runtime_error naming the file and a tensor that does not fit.
+// Gives a new model its first values: those of its version, then those of init.from over them, and
+// logs what came from where. Throws std::runtime_error naming the file and a tensor that does not
+// fit; std::invalid_argument naming a pattern of [init] that nothing needed.
 void set_initial_weights(RwkvModel& model, const RunConfig& config);
 
 // Marks the parameters that match a pattern as not trained (requires_grad false). Throws

@@ -9,7 +9,7 @@ namespace {
 volatile std::sig_atomic_t noted_signal = 0;
 
 void note(int signal) {
-  if (signal == SIGINT && noted_signal != 0) {
+  if (signal == SIGINT && noted_signal == SIGINT) {
     std::signal(SIGINT, SIG_DFL);
     std::raise(SIGINT);
     return;
@@ -27,6 +27,11 @@ void catch_stop_signals() {
   action.sa_flags = SA_RESTART;
   sigaction(SIGTERM, &action, nullptr);
   sigaction(SIGINT, &action, nullptr);
+  // Under nohup it is ignored, and stays so.
+  struct sigaction inherited = {};
+  if (sigaction(SIGHUP, nullptr, &inherited) == 0 && inherited.sa_handler != SIG_IGN) {
+    sigaction(SIGHUP, &action, nullptr);
+  }
 }
 
 int stop_signal() {

@@ -1,9 +1,10 @@
-// SIGTERM and SIGINT as a wish to stop: a run saves and ends instead of dying.
+// SIGTERM, SIGINT and SIGHUP (a lost terminal) as a wish to stop: a run saves and ends instead of
+// dying.
 #pragma once
 
 namespace rwkv {
 
-// From now on the first SIGTERM or SIGINT is only noted; a second SIGINT ends the program at once.
+// From now on these signals are only noted; a second SIGINT ends the program at once.
 void catch_stop_signals();
 
 // The signal that was noted, or 0.

@@ -3,7 +3,7 @@
 #include <algorithm>
 #include <chrono>
 #include <cmath>
-#include <csignal>
+#include <cstring>
 #include <filesystem>
 #include <stdexcept>
 
@@ -17,12 +17,14 @@
 
 #include "data/atomic_file.h"
 #include "data/tokenizer_registry.h"
+#include "model/formats/safetensors.h"
 #include "model/loss.h"
 #include "train/config_value.h"
 #include "train/evaluate.h"
 #include "train/generate_text.h"
 #include "train/machine.h"
 #include "train/machine_rates.h"
+#include "train/model_tokenizer.h"
 #include "train/op_checks.h"
 #include "train/run_setup.h"
 #include "train/stop_signal.h"
@@ -72,14 +74,44 @@ at::Tensor as_tensor(std::vector<int64_t>& ids, const Batch& batch) {
   return at::from_blob(ids.data(), {batch.rows, batch.ctx_len}, at::kLong);
 }
 
-// Forward and backward of the matrix products, 2 + 4 a weight and token; the embedding is none.
+// Of the matrix products; the embedding is none. A weight costs 2 in the forward pass, 2 for its
+// gradient if it is trained, and 2 for that of its input if something below it is: parameters come
+// in the order in which the forward pass meets them.
 double matrix_flops_per_token(RwkvModel model) {
-  double weights = 0;
+  double flops = 0;
+  bool trained_below = false;
   for (const auto& item : model->named_parameters()) {
-    const bool is_matrix = item.value().squeeze().dim() == 2 && item.key() != "emb.weight";
-    weights += is_matrix ? static_cast<double>(item.value().numel()) : 0;
+    const at::Tensor& parameter = item.value();
+    const bool trained = parameter.requires_grad();
+    if (parameter.squeeze().dim() == 2 && item.key() != "emb.weight") {
+      flops += (2 + 2 * trained + 2 * trained_below) * static_cast<double>(parameter.numel());
+    }
+    trained_below = trained_below || trained;
   }
-  return 6 * weights;
+  return flops;
+}
+
+// A corpus may lie elsewhere when a run goes on, but must be the one it began with.
+void check_same_corpus(const BinidxFile& corpus,
+                       const TrainerState& saved,
+                       const std::string& checkpoint) {
+  if (!saved.corpus.empty() && saved.corpus != corpus.fingerprint()) {
+    throw std::invalid_argument(
+        "data.train = \"" + corpus.prefix() + "\": holds " + corpus.fingerprint() + ", but " +
+        checkpoint + " was trained on " + saved.corpus +
+        "; name the corpus that the run began with, or begin a new run with init.from = that "
+        "checkpoint");
+  }
+  require_tokenizer_of(
+      read_safetensors((std::filesystem::path(checkpoint) / "model.safetensors").string()), corpus);
+}
+
+// A validation or a sample may take minutes, and a scheduler that asks to stop does not wait.
+struct Stopped {};
+void stop_if_asked() {
+  if (stop_signal() != 0) {
+    throw Stopped();
+  }
 }
 
 void write_file(const std::string& run_dir, const char* name, const std::string& text) {
@@ -128,17 +160,22 @@ void Trainer::start(std::optional<int64_t> before_step) {
                              {.checkpoint = *checkpoint,
                               .tokens_seen = saved.state.tokens,
                               .samples_per_epoch = order_.samples_per_epoch()});
+    check_same_corpus(train_corpus_, saved.state, *checkpoint);
     state_ = saved.state;
     saved_step_ = state_.step;
   } else {
     set_initial_weights(model_, config_);
   }
+  started_step_ = state_.step;
+  state_.corpus = train_corpus_.fingerprint();
   freeze_parameters(model_, config_.optimizer.freeze);
   optimizer_ =
       std::make_unique<Optimizer>(model_, config_.optimizer, scalar_type(config_.train.dtype));
   if (checkpoint) {
     load_optimizer(*checkpoint, state_, *optimizer_);
     spdlog::info("going on from {}", *checkpoint);
+  } else if (before_step) {
+    spdlog::info("no checkpoint before step {}: doing all steps before it again", *before_step);
   }
   loader_ = std::make_unique<BatchLoader>(train_corpus_,
                                           order_,
@@ -195,17 +232,22 @@ std::string Trainer::where_not_finite(const StepResult& result, const MicroBatch
   const bool bad_loss = first_bad.rows > 0;
   const int64_t first = bad_loss ? first_bad.first_sample : state_.samples;
   const int64_t count = bad_loss ? first_bad.rows : config_.batch_sequences();
+  const std::string weight = optimizer_->first_nonfinite_weight();
   const std::string tensor = optimizer_->first_nonfinite_gradient();
   const auto newest = newest_checkpoint(config_.train.run_dir);
   const std::string step = std::to_string(state_.step + 1);
   return "step " + step + ": loss " + std::to_string(result.loss) + ", gradient norm " +
          std::to_string(result.grad_norm) +
-         (tensor.empty() ? "" : ", first in the gradient of " + tensor) + ", on samples " +
-         std::to_string(first) + " to " + std::to_string(first + count - 1) +
+         (!weight.empty()   ? ", for " + weight + " was not finite before it"
+          : !tensor.empty() ? ", first in the gradient of " + tensor
+                            : "") +
+         ", on samples " + std::to_string(first) + " to " + std::to_string(first + count - 1) +
          "; the update was not made, and " +
-         (newest ? "the last good checkpoint is " + *newest : "there is no checkpoint yet") +
+         (newest ? "the newest checkpoint is " + *newest : "there is no checkpoint yet") +
          ". rookery train with the same options and --replay " + step +
-         " finds the op; a lower schedule.lr_init or optimizer.clip_norm may help";
+         " finds the op; a new run with init.from = that checkpoint and a lower schedule.lr_init "
+         "or "
+         "optimizer.clip_norm may get past it";
 }
 
 std::string Trainer::replay() {
@@ -294,7 +336,7 @@ void Trainer::write_start(RunLog& log) const {
                       model.vocab_size,
                       format_count(model_->num_parameters()),
                       format_count(count_trained(model_))));
-  if (!config_.optimizer.freeze.empty()) {
+  if (state_.step == 0 && (config_.init.from || !config_.optimizer.freeze.empty())) {
     log.say("trained and frozen tensors (also in " + run_dir + "/parameters.txt):\n" + parameters);
   }
   log.say(fmt::format("{}: {} tokens, {} windows of {} an epoch",
@@ -320,7 +362,7 @@ void Trainer::write_start(RunLog& log) const {
 std::optional<RunEnd> Trainer::end() const {
   const TrainConfig& train = config_.train;
   if (const int signal = stop_signal(); signal != 0) {
-    return RunEnd{.reason = std::string(signal == SIGINT ? "SIGINT" : "SIGTERM") + " asked to stop",
+    return RunEnd{.reason = std::string("SIG") + sigabbrev_np(signal) + " asked to stop",
                   .signal = signal};
   }
   if (total_steps_ && state_.step >= *total_steps_) {
@@ -334,7 +376,9 @@ std::optional<RunEnd> Trainer::end() const {
 }
 
 bool Trainer::is_step_of(std::optional<int64_t> every) const {
-  return state_.step == total_steps_ || (every && state_.step % *every == 0);
+  // At the end, too, whichever it is; a signal does not wait.
+  const auto ended = end();
+  return (ended && ended->signal == 0) || (every && state_.step % *every == 0);
 }
 
 void Trainer::finish_step(const StepResult& result, ProgressMeter& meter, RunLog& log) {
@@ -359,40 +403,35 @@ void Trainer::finish_step(const StepResult& result, ProgressMeter& meter, RunLog
     record.seconds_left = std::min(record.seconds_left.value_or(minutes_left_s), minutes_left_s);
   }
   if (validation_corpus_ && is_step_of(train.validate_every_steps)) {
+    require_finite_weights();
     record.validation_loss = validate();
   }
-  const bool first = state_.step == 1 || state_.step == saved_step_ + 1;
-  if (first || is_step_of(train.log_every_steps) || record.validation_loss) {
+  if (state_.step == started_step_ + 1 || is_step_of(train.log_every_steps) ||
+      record.validation_loss) {
     log.add(record);
   } else {
     log.show(record);
   }
   if (config_.sample.every_steps && is_step_of(config_.sample.every_steps)) {
+    require_finite_weights();
     write_sample(record, log);
   }
   const bool minutes_passed =
       train.save_every_minutes && now_seconds() - saved_s_ >= 60 * *train.save_every_minutes;
-  if (is_step_of(train.save_every_steps) || minutes_passed) {
+  if (is_step_of(train.save_every_steps) || is_step_of(train.keep_every_steps) || minutes_passed) {
     save(log);
   }
   meter.exclude_seconds(now_seconds() - pause_s);
 }
 
 std::optional<double> Trainer::validate() {
-  // A validation may take minutes, and a scheduler that asks to stop does not wait for them.
-  struct Stopped {};
-  const auto stop_if_asked = [](int64_t) {
-    if (stop_signal() != 0) {
-      throw Stopped();
-    }
-  };
   try {
     return evaluate(model_,
                     *validation_corpus_,
                     {.ctx_len = config_.model.ctx_len,
                      .batch_size = config_.micro_batch_sequences(),
                      .max_tokens = config_.train.validation_tokens,
-                     .progress = stop_if_asked})
+                     .progress = [](int64_t) { stop_if_asked(); }})
         .loss;
   } catch (const Stopped&) {
     return std::nullopt;
@@ -402,17 +441,36 @@ std::optional<double> Trainer::validate() {
 void Trainer::write_sample(const StepRecord& record, RunLog& log) {
   const SampleConfig& sample = config_.sample;
   std::string text;
-  generate_text(model_,
-                *tokenizer_,
-                {.prompt = sample.prompt,
-                 .length = sample.length,
-                 .sampling = {.temperature = sample.temperature, .top_p = sample.top_p},
-                 .seed = static_cast<uint64_t>(config_.train.seed)},
-                [&](std::string_view part) { text += part; });
+  try {
+    generate_text(model_,
+                  *tokenizer_,
+                  {.prompt = sample.prompt,
+                   .length = sample.length,
+                   .sampling = {.temperature = sample.temperature, .top_p = sample.top_p},
+                   .seed = static_cast<uint64_t>(config_.train.seed)},
+                  [&](std::string_view part) {
+                    stop_if_asked();
+                    text += part;
+                  });
+  } catch (const Stopped&) {
+    return;
+  }
   log.add_sample(record, sample.prompt, text);
 }
 
+void Trainer::require_finite_weights() const {
+  if (const std::string weight = optimizer_->first_nonfinite_weight(); !weight.empty()) {
+    const auto newest = newest_checkpoint(config_.train.run_dir);
+    throw std::runtime_error(
+        "step " + std::to_string(state_.step) + ": its update left " + weight +
+        " not finite, so it is not saved; " +
+        (newest ? "the newest checkpoint is " + *newest : "there is no checkpoint yet") +
+        ". Use a lower schedule.lr_init or optimizer.clip_norm");
+  }
+}
+
 void Trainer::save(RunLog& log) {
+  require_finite_weights();
   const TrainConfig& train = config_.train;
   const std::string path =
       save_checkpoint(train.run_dir,

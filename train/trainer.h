@@ -80,6 +80,8 @@ class Trainer {
   void finish_step(const StepResult& result, ProgressMeter& meter, RunLog& log);
   std::optional<double> validate();  // nothing if a signal asked to stop meanwhile
   void write_sample(const StepRecord& record, RunLog& log);
+  // Throws std::runtime_error if the last update left a weight that is not finite.
+  void require_finite_weights() const;
   void save(RunLog& log);
 
   RunConfig config_;
@@ -94,7 +96,8 @@ class Trainer {
   std::unique_ptr<Optimizer> optimizer_;
   TrainerState state_;
   std::unique_ptr<BatchLoader> loader_;
-  double started_s_ = 0;  // steady clock, and state_.elapsed_s, at the start
+  int64_t started_step_ = 0;  // updates done before this start
+  double started_s_ = 0;      // steady clock, and state_.elapsed_s, at the start
   double elapsed_before_s_ = 0;
   double saved_s_ = 0;  // steady clock at the last save
   int64_t saved_step_ = -1;

@@ -62,25 +62,24 @@ RWKV_INLINE void relu_squared_backward_body(Element* h, const Element* dh, int64
   });
 }
 
-#define RWKV_KERNELS(Element)                                                             \
-  RWKV_CPU_CLONES void gated_residual_kernel(                                             \
-      const Element* x, const Element* r, const Element* y, Element* out, int64_t size) { \
-    gated_residual_body(x, r, y, out, size);                                              \
-  }                                                                                       \
-  RWKV_CPU_CLONES void gated_residual_backward_kernel(const Element* r,                   \
-                                                      const Element* y,                   \
-                                                      const Element* dout,                \
-                                                      Element* dr,                        \
-                                                      Element* dy,                        \
-                                                      int64_t size) {                     \
-    gated_residual_backward_body(r, y, dout, dr, dy, size);                               \
-  }                                                                                       \
-  RWKV_CPU_CLONES void relu_squared_kernel(Element* x, int64_t size) {                    \
-    relu_squared_body(x, size);                                                           \
-  }                                                                                       \
-  RWKV_CPU_CLONES void relu_squared_backward_kernel(                                      \
-      Element* h, const Element* dh, int64_t size) {                                      \
-    relu_squared_backward_body(h, dh, size);                                              \
+#define RWKV_KERNELS(Element)                                                                      \
+  RWKV_CPU_CLONES void gated_residual_kernel(                                                      \
+      const Element* x, const Element* r, const Element* y, Element* out, int64_t size) {          \
+    gated_residual_body(x, r, y, out, size);                                                       \
+  }                                                                                                \
+  RWKV_CPU_CLONES void gated_residual_backward_kernel(const Element* r,                            \
+                                                      const Element* y,                            \
+                                                      const Element* dout,                         \
+                                                      Element* dr,                                 \
+                                                      Element* dy,                                 \
+                                                      int64_t size) {                              \
+    gated_residual_backward_body(r, y, dout, dr, dy, size);                                        \
+  }                                                                                                \
+  RWKV_CPU_CLONES void relu_squared_kernel(Element* x, int64_t size) {                             \
+    relu_squared_body(x, size);                                                                    \
+  }                                                                                                \
+  RWKV_CPU_CLONES void relu_squared_backward_kernel(Element* h, const Element* dh, int64_t size) { \
+    relu_squared_backward_body(h, dh, size);                                                       \
   }
 RWKV_KERNELS(float)
 RWKV_KERNELS(Bf16)

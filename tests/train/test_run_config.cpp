@@ -262,6 +262,8 @@ INSTANTIATE_TEST_SUITE_P(
         BadValue{"model.n_layer=-1", "model.n_layer = -1: must be 1 or more"},
         BadValue{"model.ctx_len=0", "model.ctx_len = 0: "},
         BadValue{"model.vocab_size=-1", "model.vocab_size = -1: "},
+        BadValue{"init.allow_missing=[\"x\"]", "init.allow_missing is given without init.from"},
+        BadValue{"init.vocab_growth=mean", "init.vocab_growth is given without init.from"},
         BadValue{"data.train=\"\"", "data.train is not given"},
         BadValue{"data.validation=\"\"", "data.validation = \"\": is empty"},
         BadValue{"data.tokenizer=\"\"", "data.tokenizer = \"\": is empty"},
@@ -429,7 +431,7 @@ TEST(RunConfigResume, AcceptsTheSame) {
 TEST(RunConfigResume, ListsEveryDifferenceThatChangesTheRun) {
   RunConfig now = small_config();
   now.model.n_layer = 12;
-  now.data.train = "other";
+  now.data.order = SampleOrderKind::kRwkvLm;
   now.train.seed = 7;
   now.train.log_every_steps = 1;
   now.optimizer.layerwise_lr = false;
@@ -438,7 +440,7 @@ TEST(RunConfigResume, ListsEveryDifferenceThatChangesTheRun) {
             "run/step_9: cannot go on with another configuration than the run began with:\n"
             "  model.n_layer: 6 in the checkpoint, now 12\n"
             "  model.vocab_size: not given in the checkpoint, now 256\n"
-            "  data.train: \"corpus\" in the checkpoint, now \"other\"\n"
+            "  data.order: \"shuffled\" in the checkpoint, now \"rwkv_lm\"\n"
             "  train.seed: 1 in the checkpoint, now 7\n"
             "  optimizer.layerwise_lr: true in the checkpoint, now false\n"
             "Set them back to go on, or start a new run in another train.run_dir");
@@ -455,8 +457,10 @@ TEST(RunConfigResume, LetsHowTheRunIsHandledDiffer) {
   now.train.keep_checkpoints = 1;
   now.train.log_every_steps = 1;
   now.train.threads.reset();
+  now.data.train = "moved";
   now.data.validation.reset();
   now.data.tokenizer.reset();
+  now.init.from = "moved.pth";
   now.train.total_minutes = 3;
   now.train.save_every_minutes = 4;
   now.train.keep_every_steps = 5;
@@ -485,18 +489,32 @@ std::vector<std::string> keys_of(const std::string& text) {
 TEST(RunConfigResume, EveryOtherKeyMustMatch) {
   const RunConfig saved = full_config();
   std::vector<std::string> keys = keys_of(to_toml(saved));
-  for (const char* key : {"data.validation",         "data.tokenizer",
-                          "train.run_dir",           "train.device",
-                          "train.micro_batch_size",  "train.validate_every_steps",
-                          "train.validation_tokens", "train.save_every_steps",
-                          "train.keep_checkpoints",  "train.save_every_minutes",
-                          "train.keep_every_steps",  "train.total_minutes",
-                          "train.log_every_steps",   "train.tensorboard",
-                          "train.threads",           "sample.every_steps",
-                          "sample.prompt",           "sample.length",
-                          "sample.temperature",      "sample.top_p",
-                          "train.batch_size",        "train.total_tokens",
-                          "train.total_steps",       "train.total_epochs"}) {
+  for (const char* key : {"data.train",
+                          "init.from",
+                          "data.validation",
+                          "data.tokenizer",
+                          "train.run_dir",
+                          "train.device",
+                          "train.micro_batch_size",
+                          "train.validate_every_steps",
+                          "train.validation_tokens",
+                          "train.save_every_steps",
+                          "train.keep_checkpoints",
+                          "train.save_every_minutes",
+                          "train.keep_every_steps",
+                          "train.total_minutes",
+                          "train.log_every_steps",
+                          "train.tensorboard",
+                          "train.threads",
+                          "sample.every_steps",
+                          "sample.prompt",
+                          "sample.length",
+                          "sample.temperature",
+                          "sample.top_p",
+                          "train.batch_size",
+                          "train.total_tokens",
+                          "train.total_steps",
+                          "train.total_epochs"}) {
     ASSERT_EQ(std::erase(keys, key), 1U) << key;
   }
   const auto changed = [](RunConfig config, const auto& change) {
@@ -512,9 +530,7 @@ TEST(RunConfigResume, EveryOtherKeyMustMatch) {
       {"model.head_size", changed(saved, [](auto& c) { c.model.head_size = 1; })},
       {"model.vocab_size", changed(saved, [](auto& c) { c.model.vocab_size = 1; })},
       {"model.ctx_len", changed(saved, [](auto& c) { c.model.ctx_len = 64; })},
-      {"data.train", changed(saved, [](auto& c) { c.data.train = "b"; })},
       {"data.order", changed(saved, [](auto& c) { c.data.order = SampleOrderKind::kShuffled; })},
-      {"init.from", changed(saved, [](auto& c) { c.init.from = "b.pth"; })},
       {"init.allow_missing", changed(saved, [](auto& c) { c.init.allow_missing = {"b"}; })},
       {"init.allow_unexpected", changed(saved, [](auto& c) { c.init.allow_unexpected = {"b"}; })},
       {"init.vocab_growth",
