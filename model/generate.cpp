@@ -40,8 +40,9 @@ int64_t sample_token(const at::Tensor& logits_V,
     const at::Tensor before_V = probs_V.cumsum(0) - probs_V;
     kept = std::min(kept, (before_V < options.top_p).sum().item<int64_t>());
   }
+  // Over the most likely one's: at a low temperature all of them could underflow.
   const at::Tensor weights =
-      probs_V.slice(0, 0, std::max<int64_t>(kept, 1)).pow(1.0 / options.temperature);
+      (probs_V.slice(0, 0, std::max<int64_t>(kept, 1)) / probs_V[0]).pow(1.0 / options.temperature);
   const int64_t drawn = at::multinomial(weights, 1, false, generator).item<int64_t>();
   return order_V[drawn].item<int64_t>();
 }

@@ -5,10 +5,14 @@
 namespace rwkv {
 namespace {
 
+// Beyond that no model is, and products of two sizes stay within 64 bits.
+constexpr int64_t kMost = int64_t{1} << 31;
+
 void require_at_least(int64_t least, const char* key, int64_t value) {
-  if (value < least) {
-    throw std::invalid_argument("model." + std::string(key) + " = " + std::to_string(value) +
-                                ": must be " + std::to_string(least) + " or more");
+  if (value < least || value > kMost) {
+    throw std::invalid_argument(
+        "model." + std::string(key) + " = " + std::to_string(value) + ": must be " +
+        (value < least ? std::to_string(least) + " or more" : "at most " + std::to_string(kMost)));
   }
 }
 

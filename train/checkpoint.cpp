@@ -5,8 +5,10 @@
 #include <stdexcept>
 
 #include <nlohmann/json.hpp>
+#include <spdlog/spdlog.h>
 
 #include "data/atomic_file.h"
+#include "data/json_text.h"
 #include "model/formats/format_registry.h"
 #include "model/formats/safetensors.h"
 
@@ -14,6 +16,8 @@ namespace rwkv {
 namespace {
 
 namespace fs = std::filesystem;
+
+constexpr size_t kMaxStateBytes = size_t{1} << 20;
 
 void write_text(const fs::path& path, const std::string& text) {
   AtomicFile file(path.string());
@@ -55,7 +59,14 @@ SavedRun read_saved(const std::string& checkpoint) {
   SavedRun saved{.config = parse_kept_config(read_text_file(config_path), config_path),
                  .state = {}};
   try {
-    const auto json = nlohmann::json::parse(read_text_file(state_path));
+    const nlohmann::json json = parse_json(
+        read_text_file(state_path, kMaxStateBytes), state_path, "expected the state of a trainer");
+    for (const char* key : {"step", "samples", "tokens"}) {
+      if (!json.at(key).is_number_integer()) {
+        throw std::runtime_error(state_path + ": " + key + " is " + shown_json(json.at(key)) +
+                                 ", expected a whole number");
+      }
+    }
     saved.state = {.step = json.at("step"),
                    .samples = json.at("samples"),
                    .tokens = json.at("tokens"),
@@ -108,12 +119,26 @@ std::string save_checkpoint(const std::string& run_dir,
     fs::remove_all(partial, ignored);
     throw;
   }
-  delete_old_checkpoints(run_dir, state.step, retention);
+  try {
+    delete_old_checkpoints(run_dir, state.step, retention);
+  } catch (const fs::filesystem_error& error) {
+    // The new one is there: no reason to end the run.
+    spdlog::warn("{}: an old checkpoint cannot be deleted: {}",
+                 error.path1().string(),
+                 error.code().message());
+  }
   return final_path.string();
 }
 
 SavedRun read_saved_run(const std::string& checkpoint) {
-  return read_whole([&] { return read_saved(checkpoint); });
+  SavedRun saved = read_whole([&] { return read_saved(checkpoint); });
+  // The name decides which is the newest.
+  const std::string name = checkpoint_name(saved.state.step);
+  if (fs::path(checkpoint).filename() != name) {
+    throw std::runtime_error(checkpoint + ": holds step " + std::to_string(saved.state.step) +
+                             ", so it should be called " + name + "; give it that name again");
+  }
+  return saved;
 }
 
 void load_optimizer(const std::string& checkpoint,

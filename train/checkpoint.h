@@ -34,7 +34,8 @@ struct TrainerState {
 // Writes the checkpoint of `state.step`, then deletes those that `retention` does not keep and
 // whatever an interrupted save left. `tokenizer_identity` is Tokenizer::identity() of the corpus'
 // tokenizer. Returns its path. Throws std::runtime_error naming the file and the reason; nothing of
-// the failed checkpoint is left, and no older one is deleted.
+// the failed checkpoint is left, and no older one is deleted. An older one that cannot be deleted
+// is a warning in the log.
 std::string save_checkpoint(const std::string& run_dir,
                             const RunConfig& config,
                             const std::optional<std::string>& tokenizer_identity,

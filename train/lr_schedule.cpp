@@ -58,9 +58,10 @@ double LrSchedule::lr(int64_t tokens_seen, int64_t total_tokens) const {
 }
 
 void LrSchedule::validate() const {
-  constexpr double kInfinity = std::numeric_limits<double>::infinity();
-  require_in_range(0, kInfinity, "schedule.lr_init", lr_init);
-  require_in_range(0, kInfinity, "schedule.lr_final", lr_final);
+  // Weights and the embedding's first values are fp32.
+  constexpr double kMost = 1e38;
+  require_in_range(0, kMost, "schedule.lr_init", lr_init);
+  require_in_range(0, kMost, "schedule.lr_final", lr_final);
   require_at_least(0, "schedule.warmup_tokens", warmup_tokens);
   require_in_range(0, 1, "schedule.warmup_start", warmup_start);
   if (kind == ScheduleKind::kWarmupStableDecay) {

@@ -239,6 +239,10 @@ void validate_names(const DataConfig& data, const InitConfig& init) {
   }
 }
 
+// No machine has more cores, and no batch more sequences.
+constexpr int64_t kMostThreads = 4096;
+constexpr int64_t kMostSequences = int64_t{1} << 31;
+
 void validate_train(const TrainConfig& t) {
   require_given("train.run_dir", t.run_dir, "a folder for checkpoints and metrics");
   if (t.device != "cpu") {
@@ -273,6 +277,14 @@ void validate_train(const TrainConfig& t) {
   require_at_least(1, "train.keep_every_steps", t.keep_every_steps);
   require_at_least(1, "train.log_every_steps", t.log_every_steps);
   require_at_least(1, "train.threads", t.threads);
+  for (const auto& [key, value, most] :
+       {std::tuple("train.threads", t.threads, kMostThreads),
+        std::tuple("train.batch_size", t.batch_size, kMostSequences),
+        std::tuple("train.micro_batch_size", t.micro_batch_size, kMostSequences)}) {
+    if (value && *value > most) {
+      reject_value(key, to_config_text(*value), "must be at most " + to_config_text(most));
+    }
+  }
   require_in_range(0, std::numeric_limits<double>::infinity(), "train.l2wrap", t.l2wrap);
 }
 

@@ -114,6 +114,18 @@ void delete_old_checkpoints(const std::string& run_dir,
   }
 }
 
+void require_writable_checkpoints(const std::string& run_dir) {
+  const fs::path folder = checkpoints_folder(run_dir);
+  const fs::path probe = folder / partial_name("probe");
+  std::error_code error;
+  fs::create_directories(probe, error);
+  if (error) {
+    throw std::runtime_error(folder.string() + ": no checkpoint can be made there: " +
+                             error.message() + "; name another train.run_dir");
+  }
+  fs::remove(probe);
+}
+
 std::string find_model(const std::string& path) {
   if (!fs::is_directory(checkpoints_folder(path))) {
     return path;

@@ -48,6 +48,10 @@ void delete_old_checkpoints(const std::string& run_dir,
                             int64_t saved_step,
                             const Retention& retention);
 
+// Makes the folder of checkpoints if it is not there. Throws std::runtime_error if none could be
+// saved there: better now than after the first hours.
+void require_writable_checkpoints(const std::string& run_dir);
+
 // The weights that a path given by a user means: a run's newest checkpoint, or the path itself (a
 // checkpoint folder or a weight file). Throws std::runtime_error if a run holds no checkpoint.
 std::string find_model(const std::string& path);

@@ -3,6 +3,7 @@
 #include <algorithm>
 #include <csignal>
 #include <cstdio>
+#include <filesystem>
 #include <iostream>
 #include <new>
 #include <stdexcept>
@@ -74,6 +75,10 @@ int run_main(const std::function<int()>& command) {
     return report(kExitFailed, std::string(kMemoryHint) + ": " + error.what());
   } catch (const BugError& error) {
     return report(kExitBug, "a bug in rookery: " + std::string(error.what()));
+  } catch (const std::filesystem::filesystem_error& error) {
+    return report(kExitFailed,
+                  error.path1().string() + ": " + error.code().message() +
+                      "; are it and its folder readable, and writable where they are written to?");
   } catch (const std::exception& error) {
     return report(kExitFailed, error.what());
   }

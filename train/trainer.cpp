@@ -142,11 +142,11 @@ Trainer::Trainer(const RunConfig& config, Purpose purpose, std::optional<int64_t
   if (config_.sample.every_steps) {
     tokenizer_ = open_tokenizer(*config_.data.tokenizer);
   }
-  if (config_.train.threads) {
-    at::set_num_threads(static_cast<int>(*config_.train.threads));
-  }
+  // Not LibTorch's default: that follows environment variables, and equal bits need equal numbers.
+  at::set_num_threads(static_cast<int>(config_.train.threads.value_or(describe_machine().cores)));
   if (purpose == Purpose::kTrain) {
     lock_.emplace(config_.train.run_dir);
+    require_writable_checkpoints(config_.train.run_dir);
   }
   start(before_step);
 }
@@ -234,7 +234,6 @@ std::string Trainer::where_not_finite(const StepResult& result, const MicroBatch
   const int64_t count = bad_loss ? first_bad.rows : config_.batch_sequences();
   const std::string weight = optimizer_->first_nonfinite_weight();
   const std::string tensor = optimizer_->first_nonfinite_gradient();
-  const auto newest = newest_checkpoint(config_.train.run_dir);
   const std::string step = std::to_string(state_.step + 1);
   return "step " + step + ": loss " + std::to_string(result.loss) + ", gradient norm " +
          std::to_string(result.grad_norm) +
@@ -242,12 +241,16 @@ std::string Trainer::where_not_finite(const StepResult& result, const MicroBatch
           : !tensor.empty() ? ", first in the gradient of " + tensor
                             : "") +
          ", on samples " + std::to_string(first) + " to " + std::to_string(first + count - 1) +
-         "; the update was not made, and " +
-         (newest ? "the newest checkpoint is " + *newest : "there is no checkpoint yet") +
-         ". rookery train with the same options and --replay " + step +
-         " finds the op; a new run with init.from = that checkpoint and a lower schedule.lr_init "
-         "or "
-         "optimizer.clip_norm may get past it";
+         "; the update was not made. rookery train with the same options and --replay " + step +
+         " finds the op. " + how_to_go_on();
+}
+
+std::string Trainer::how_to_go_on() const {
+  const auto newest = newest_checkpoint(config_.train.run_dir);
+  // The schedule and clipping of a run that has a checkpoint cannot be changed.
+  return (newest ? "The newest checkpoint is " + *newest + "; a new run with init.from = that and"
+                 : std::string("There is no checkpoint yet;")) +
+         " a lower schedule.lr_init or optimizer.clip_norm may get past it";
 }
 
 std::string Trainer::replay() {
@@ -460,12 +463,8 @@ void Trainer::write_sample(const StepRecord& record, RunLog& log) {
 
 void Trainer::require_finite_weights() const {
   if (const std::string weight = optimizer_->first_nonfinite_weight(); !weight.empty()) {
-    const auto newest = newest_checkpoint(config_.train.run_dir);
-    throw std::runtime_error(
-        "step " + std::to_string(state_.step) + ": its update left " + weight +
-        " not finite, so it is not saved; " +
-        (newest ? "the newest checkpoint is " + *newest : "there is no checkpoint yet") +
-        ". Use a lower schedule.lr_init or optimizer.clip_norm");
+    throw std::runtime_error("step " + std::to_string(state_.step) + ": its update left " + weight +
+                             " not finite, so it is not saved. " + how_to_go_on());
   }
 }
 

@@ -75,6 +75,7 @@ class Trainer {
   int64_t micro_batches() const;
   MicroBatch accumulate_micro_batch();
   std::string where_not_finite(const StepResult& result, const MicroBatch& first_bad) const;
+  std::string how_to_go_on() const;
   std::optional<RunEnd> end() const;
   bool is_step_of(std::optional<int64_t> every) const;
   void finish_step(const StepResult& result, ProgressMeter& meter, RunLog& log);

@@ -27,9 +27,10 @@ class Life(support.Folder):
         rookery("tokenize", "--tokenizer", "bytes", "--output", "text", "text.txt",
                 cwd=self.folder)
 
-    def configure(self, name="run", data=None, init=None, optimizer=None, sample=None, **train):
+    def configure(self, name="run", data=None, init=None, optimizer=None, sample=None,
+                  schedule=None, **train):
         sections = support.small_run({"train": "text", "tokenizer": "bytes", **(data or {})},
-                                     run_dir=name, **train)
+                                     schedule=schedule, run_dir=name, **train)
         for section, keys in (("init", init), ("optimizer", optimizer), ("sample", sample)):
             if keys:
                 sections[section] = keys
@@ -79,6 +80,32 @@ class Stops(Life):
                 self.assertEqual(process.returncode, 128 + number, log)
                 self.assertIn(f"{number.name} asked to stop", log)
                 self.assertEqual(self.last_step(name), json.loads(self.lines(name)[-1])["step"])
+
+    def test_a_lost_terminal_saves_too(self):
+        self.configure(**LONG)
+        process = self.start()
+        process.send_signal(signal.SIGHUP)
+        log = process.communicate(timeout=DEADLINE_S)[1].decode()
+        self.assertEqual(process.returncode, 128 + signal.SIGHUP, log)
+        self.assertEqual(self.last_step(), json.loads(self.lines()[-1])["step"])
+
+    def test_one_sigint_after_a_sigterm_still_saves(self):
+        self.configure(**LONG)
+        process = self.start()
+        process.send_signal(signal.SIGTERM)
+        process.send_signal(signal.SIGINT)
+        process.communicate(timeout=DEADLINE_S)
+        self.assertIn(process.returncode, (128 + signal.SIGTERM, 128 + signal.SIGINT))
+        self.assertIsNotNone(self.last_step())
+
+    def test_a_sample_does_not_hold_up_a_signal(self):
+        self.configure(sample={"every_steps": 5, "length": 100_000_000, "temperature": 0}, **LONG)
+        process = self.start()
+        self.wait_for(lambda: len(self.lines()) >= 5, process)
+        time.sleep(0.3)
+        process.terminate()
+        self.assertEqual(process.wait(timeout=DEADLINE_S), 128 + signal.SIGTERM)
+        self.assertEqual(self.last_step(), 5)
 
     def test_it_goes_on_bit_for_bit_after_a_signal(self):
         whole = self.configure("whole", total_steps=2000, log_every_steps=100)
@@ -135,11 +162,22 @@ class Stops(Life):
         first = self.last_step()
         self.assertIn("nothing to do after step", self.train().stderr.decode())
         self.assertEqual(self.last_step(), first)
+        self.assertEqual(support.metrics(self.folder / "run")[-1]["step"], first)
         self.train("run", "--set", "train.total_minutes=0.06")
         rows = support.metrics(self.folder / "run")
         self.assertGreater(self.last_step(), first)
         self.assertGreaterEqual(rows[-1]["elapsed_s"], 3.5)
         self.assertLess(rows[-1]["elapsed_s"], 30)
+
+    def test_minutes_end_it_with_a_validation_and_a_sample(self):
+        run = self.configure(total_minutes=0.01, total_steps=1_000_000, log_every_steps=1_000_000,
+                             data={"validation": "text"}, sample={"every_steps": 1_000_000})
+        self.assertEqual(self.train().returncode, 0)
+        last = support.metrics(run)[-1]
+        self.assertEqual(last["step"], self.last_step())
+        self.assertIn("validation_loss", last)
+        sample = json.loads((run / "samples.jsonl").read_text().splitlines()[-1])
+        self.assertEqual(sample["step"], self.last_step())
 
     def test_a_second_run_in_the_folder_is_refused_by_name(self):
         self.configure(**LONG)
@@ -162,6 +200,56 @@ class Keeps(Life):
         self.assertEqual(self.train().returncode, 0)
         self.assertEqual(support.checkpoints(run),
                          [f"step_{step:08d}" for step in (8, 16, 22, 23)])
+
+    def test_what_is_kept_for_good_is_saved(self):
+        run = self.configure(total_steps=23, keep_checkpoints=1, keep_every_steps=10)
+        self.assertEqual(self.train().returncode, 0)
+        self.assertEqual(support.checkpoints(run),
+                         [f"step_{step:08d}" for step in (10, 20, 23)])
+
+    def test_what_it_saved_beside_a_folder_of_a_later_step(self):
+        run = self.configure(total_steps=12, save_every_steps=3, keep_checkpoints=1)
+        self.assertEqual(self.train().returncode, 0)
+        stray = run / "checkpoints/step_00999999"
+        stray.mkdir()
+        done = self.train("run", "--set", "train.total_minutes=5")
+        self.assertEqual(done.returncode, 1)
+        self.assertIn("step_00999999/config.toml: cannot be opened", support.error_message(done.stderr))
+        self.assertIn("delete the checkpoint to go on", support.error_message(done.stderr))
+        stray.rmdir()
+
+        longer = self.configure("longer", keep_checkpoints=1, **LONG)
+        process = self.start("longer")
+        (longer / "checkpoints/step_00999999").mkdir()
+        process.terminate()
+        process.communicate(timeout=DEADLINE_S)
+        self.assertEqual(len(support.checkpoints(longer)), 2, "the stray one and the one just saved")
+
+    def test_a_renamed_checkpoint_is_named(self):
+        run = self.configure(total_steps=6, save_every_steps=3)
+        self.assertEqual(self.train().returncode, 0)
+        (run / "checkpoints/step_00000003").rename(run / "checkpoints/step_00000008")
+        done = self.train()
+        self.assertEqual(done.returncode, 1)
+        self.assertIn("step_00000008: holds step 3, so it should be called step_00000003",
+                      support.error_message(done.stderr))
+
+    def test_a_corpus_that_was_moved_but_not_another(self):
+        run = self.configure(total_steps=5, schedule={"kind": "constant"})
+        self.assertEqual(self.train().returncode, 0)
+        for ending in ("bin", "idx", "tokenizer.json"):
+            (self.folder / f"text.{ending}").rename(self.folder / f"moved.{ending}")
+        done = self.train("run", "--set", "data.train=moved", "--set", "train.total_steps=6")
+        self.assertEqual(done.returncode, 0, done.stderr.decode())
+        self.assertEqual(self.last_step(), 6)
+        support.write_text(self.folder / "text.txt", support.text_lines(seed=2))
+        rookery("tokenize", "--tokenizer", "bytes", "--output", "text", "text.txt",
+                cwd=self.folder)
+        done = self.train("run", "--set", "train.total_steps=7")
+        self.assertEqual(done.returncode, 2)
+        self.assertRegex(support.error_message(done.stderr),
+                         r'data.train = "text": holds [\d,]+ tokens \(\w+\), but .*step_00000006 '
+                         r"was trained on [\d,]+ tokens \(\w+\)")
 
     def test_checkpoints_by_minutes(self):
         run = self.configure(total_minutes=0.06, save_every_minutes=0.015, keep_checkpoints=50,
@@ -242,6 +330,8 @@ class Begins(Life):
         done = self.train("next")
         self.assertEqual(done.returncode, 0, done.stderr.decode())
         self.assertIn("rwkv4: 2 layers, 32 wide", done.stderr.decode())
+        self.assertIn("beginning with the weights of released.pth", done.stderr.decode())
+        self.assertRegex(done.stderr.decode(), r"blocks\.1\.att\.time_first .* rate x 3")
         self.assertAlmostEqual(support.metrics(run)[0]["loss"], self.last_loss, delta=0.5)
         # Once it has a checkpoint the file is not needed any more.
         (self.folder / "released.pth").unlink()
@@ -275,10 +365,29 @@ class Begins(Life):
         self.refused(1, "odd.safetensors: blocks.1.ffn.value.weight is missing", init=init)
         init["allow_missing"] = ["blocks.*.ffn.value.*"]
         self.refused(1, "odd.safetensors: more.weight is unexpected", init=init)
+        init["allow_unexpected"] = ["more.*", "others.*"]
+        self.refused(2, 'init.allow_unexpected: no tensor that matches "others.*"', init=init)
         init["allow_unexpected"] = ["more.*"]
         self.configure("next", init=init, total_steps=1)
         done = self.train("next")
         self.assertEqual(done.returncode, 0, done.stderr.decode())
+        log = done.stderr.decode()
+        self.assertIn("with initial values: blocks.1.ffn.value.weight", log)
+        self.assertIn("left out: more.weight", log)
+
+    def test_of_another_tokenizer(self):
+        for name, seed in (("a", 1), ("b", 2)):
+            support.write_text(self.folder / f"{name}.txt", support.text_lines(seed=seed))
+            rookery("tokenizer", "train", "--output", f"{name}.model", "--vocab-size", "300",
+                    "--input", f"{name}.txt", cwd=self.folder)
+            rookery("tokenize", "--tokenizer", f"sentencepiece:{name}.model", "--output", name,
+                    f"{name}.txt", cwd=self.folder)
+        data = {"train": "a", "tokenizer": "sentencepiece:a.model"}
+        self.configure("begun", data=data, total_steps=2)
+        self.assertEqual(self.train("begun").returncode, 0)
+        self.refused(2, "b.bin", "sentencepiece:", init={"from": "begun"},
+                     data={"train": "b", "tokenizer": "sentencepiece:b.model"})
+        self.assertEqual(support.checkpoints(self.folder / "next"), [])
 
     def test_of_a_smaller_vocabulary(self):
         self.refused(2, "model.vocab_size = 300", "has 256 rows", "init.vocab_growth",
@@ -329,6 +438,45 @@ class Begins(Life):
 
 
 class GoesWrong(Life):
+    def test_a_replay_of_a_healthy_step_finds_nothing(self):
+        for dtype in ("fp32", "bf16"):
+            self.configure(dtype, total_steps=4, save_every_steps=2, dtype=dtype)
+            self.assertEqual(self.train(dtype).returncode, 0)
+            for step in (1, 3, 4):
+                report = self.train(dtype, "--replay", step).stdout.decode()
+                self.assertRegex(report, r"the results of all \d{3,} ops are finite")
+
+    def test_weights_that_are_not_finite_are_named_and_never_saved(self):
+        run = self.configure(total_steps=2, save_every_steps=1, keep_checkpoints=1,
+                             data={"validation": "text"})
+        done = self.train("run", "--set", "schedule.kind=linear", "--set",
+                          "schedule.lr_final=1e38", "--set",
+                          "optimizer.weight_decay=10", "--set", "optimizer.clip_norm=0")
+        message = support.error_message(done.stderr)
+        self.assertEqual(done.returncode, 1, message)
+        self.assertRegex(message, r"step \d: its update left \S+ not finite, so it is not saved")
+        for name in support.checkpoints(run):
+            if name.startswith("step_"):
+                numpy = support.package("numpy")
+                tensors = support.read_safetensors(run / "checkpoints" / name / "model.safetensors")
+                self.assertTrue(all(numpy.isfinite(numpy.frombuffer(content, numpy.float32)).all()
+                                    for _, _, content in tensors.values()))
+
+    def test_the_weight_that_was_bad_is_named(self):
+        self.configure("first", total_steps=1)
+        self.assertEqual(self.train("first").returncode, 0)
+        path = self.folder / "first/checkpoints/step_00000001/model.safetensors"
+        tensors = support.read_safetensors(path)
+        for name in ("blocks.1.ffn.value.weight", "head.weight"):
+            dtype, shape, content = tensors[name]
+            nan = {**tensors, name: (dtype, shape, b"\x00\x00\xc0\x7f" + content[4:])}
+            support.write_safetensors(self.folder / "nan.safetensors", nan)
+            self.configure("next", init={"from": "nan.safetensors"}, total_steps=3)
+            done = self.train("next")
+            self.assertEqual(done.returncode, 1)
+            self.assertIn(f"step 1: loss nan, gradient norm nan, for {name} was not finite",
+                          support.error_message(done.stderr).replace("-nan", "nan"))
+
     def test_stops_before_the_update_and_is_replayed(self):
         self.configure(total_steps=50, save_every_steps=4, batch_size=8, micro_batch_size=2)
         blown = ("--set", "schedule.kind=linear", "--set", "schedule.lr_final=1e30",
