@@ -7,6 +7,7 @@
 #include <filesystem>
 #include <stdexcept>
 #include <string_view>
+#include <vector>
 
 #include <nlohmann/json.hpp>
 
@@ -45,6 +46,51 @@ std::string padded(const std::string& text, size_t width) {
 
 std::string percent(double share) {
   return printf_text("%.0f%%", 100 * share);
+}
+
+// A part of the step line, with what separates it from the parts before.
+struct Field {
+  std::string text;
+  int turn;  // at which a line that is too wide goes without it
+};
+constexpr int kStays = 0;
+constexpr int kLastTurn = 7;
+
+// The turns are by need: what hardly changes or follows from the rest goes first.
+std::vector<Field> step_fields(const StepRecord& record) {
+  std::string step = with_thousands(record.step);
+  if (record.total_steps) {
+    const std::string total = with_thousands(*record.total_steps);
+    step = padded(step, total.size()) + "/" + total;
+  }
+  std::vector<Field> fields = {
+      {"step " + step, kStays},
+      {" | " + padded(format_count(record.tokens), 5) + " tokens", 1},
+      {" | loss " + printf_text("%.4f", record.loss), kStays},
+      {" (avg " + printf_text("%.4f", record.smoothed_loss) + ")", kLastTurn},
+      {" | lr " + printf_text("%.2e", record.lr), 4},
+      {" | grad " + printf_text("%.2f", record.grad_norm), 5},
+  };
+  if (record.tokens_per_s) {
+    fields.push_back(
+        {" | " + with_thousands(std::llround(*record.tokens_per_s)) + " tok/s", kStays});
+  }
+  if (record.mfu) {
+    fields.push_back({" | mfu " + percent(*record.mfu), 6});
+  }
+  if (record.data_wait) {
+    fields.push_back({" | data " + percent(*record.data_wait), 3});
+  }
+  if (record.memory_bytes) {
+    fields.push_back({" | " + format_bytes(*record.memory_bytes), 2});
+  }
+  if (record.seconds_left) {
+    fields.push_back({" | " + format_duration(*record.seconds_left) + " left", kStays});
+  }
+  if (record.validation_loss) {
+    fields.push_back({" | val " + printf_text("%.4f", *record.validation_loss), kStays});
+  }
+  return fields;
 }
 
 // The step of a line, or nothing if it is no object with one.
@@ -122,33 +168,17 @@ std::string format_bytes(int64_t bytes) {
   return has_unit ? count.substr(0, count.size() - 1) + " " + count.back() + "B" : count + " B";
 }
 
-std::string format_step_line(const StepRecord& record) {
-  std::string line = "step " + with_thousands(record.step);
-  if (record.total_steps) {
-    const std::string total = with_thousands(*record.total_steps);
-    line = "step " + padded(with_thousands(record.step), total.size()) + "/" + total;
-  }
-  line += " | " + padded(format_count(record.tokens), 5) + " tokens | loss " +
-          printf_text("%.4f", record.loss) + " (avg " + printf_text("%.4f", record.smoothed_loss) +
-          ") | lr " + printf_text("%.2e", record.lr) + " | grad " +
-          printf_text("%.2f", record.grad_norm);
-  if (record.tokens_per_s) {
-    line += " | " + with_thousands(std::llround(*record.tokens_per_s)) + " tok/s";
-  }
-  if (record.mfu) {
-    line += " | mfu " + percent(*record.mfu);
-  }
-  if (record.data_wait) {
-    line += " | data " + percent(*record.data_wait);
-  }
-  if (record.memory_bytes) {
-    line += " | " + format_bytes(*record.memory_bytes);
-  }
-  if (record.seconds_left) {
-    line += " | " + format_duration(*record.seconds_left) + " left";
-  }
-  if (record.validation_loss) {
-    line += " | val " + printf_text("%.4f", *record.validation_loss);
+std::string format_step_line(const StepRecord& record, size_t width) {
+  const std::vector<Field> fields = step_fields(record);
+  std::string line;
+  for (int dropped = 0; dropped <= kLastTurn; ++dropped) {
+    line.clear();
+    for (const Field& field : fields) {
+      line += field.turn == kStays || field.turn > dropped ? field.text : "";
+    }
+    if (line.size() <= width) {
+      break;
+    }
   }
   return line;
 }

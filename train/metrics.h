@@ -2,6 +2,7 @@
 // argument everywhere: nothing here reads a clock.
 #pragma once
 
+#include <cstddef>
 #include <cstdint>
 #include <deque>
 #include <fstream>
@@ -35,8 +36,10 @@ struct StepRecord {
 // One line without its end, in columns that stay put from step to step:
 //   step   120/4,000 | 3.07M tokens | loss 2.3456 (avg 2.4012) | lr 5.98e-04 | grad 0.81 |
 //   45,123 tok/s | mfu 62% | data 0% | 1.21 GB | 1h02m left
-// (one line); then " | val 2.2910" if there was a validation.
-std::string format_step_line(const StepRecord& record);
+// (one line); then " | val 2.2910" if there was a validation. Of a line of more than `width`
+// columns whole fields are left out, those needed least first: tokens, memory, data, lr, grad, mfu,
+// avg. The others stay, even if they do not fit.
+std::string format_step_line(const StepRecord& record, size_t width = std::string::npos);
 // "45s", "12m05s", "3h07m", "2d04h": two units, so that it is read at a glance. Rounded to seconds;
 // 0 or more.
 std::string format_duration(double seconds);

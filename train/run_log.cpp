@@ -32,7 +32,7 @@ void RunLog::add_start(const std::string& json) {
 }
 
 void RunLog::show(const StepRecord& record) {
-  line_.draw(format_step_line(record));
+  line_.draw(format_step_line(record, line_.width()));
 }
 
 void RunLog::add(const StepRecord& record) {

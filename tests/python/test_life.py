@@ -7,8 +7,10 @@ import json
 import os
 import pathlib
 import pty
+import re
 import signal
 import subprocess
+import termios
 import time
 import unittest
 
@@ -354,10 +356,11 @@ class GoesWrong(Life):
 
 
 class Terminal(Life):
-    def test_redraws_one_line_for_the_steps_between(self):
-        self.configure(total_steps=30, log_every_steps=10)
+    def watch(self, name, columns):
+        """What a run writes on a terminal of so many columns."""
         ours, theirs = pty.openpty()
-        process = subprocess.Popen(support.command_line("train", "--config", "run.toml"),
+        termios.tcsetwinsize(theirs, (24, columns))
+        process = subprocess.Popen(support.command_line("train", "--config", f"{name}.toml"),
                                    cwd=self.folder, env=support.environment(),
                                    stdout=subprocess.DEVNULL, stderr=theirs)
         os.close(theirs)
@@ -372,6 +375,11 @@ class Terminal(Life):
             seen += part
         self.assertEqual(process.wait(), 0)
         os.close(ours)
+        return seen
+
+    def test_redraws_one_line_for_the_steps_between(self):
+        self.configure(total_steps=30, log_every_steps=10)
+        seen = self.watch("run", 80)
         self.assertIn(b"\r\x1b[2Kstep  2/30 | ", seen)
         self.assertIn(b"\r\x1b[2Kstep 29/30 | ", seen)
         plain = support.run("train", "--config", "run.toml", "--set", "train.run_dir=again",
@@ -379,6 +387,20 @@ class Terminal(Life):
         self.assertNotIn(b"\x1b[2K", plain)
         self.assertNotIn(b"step 29/30", plain)
         self.assertIn(b"step 30/30", plain)
+
+    def test_draws_the_fields_that_the_terminal_has_columns_for(self):
+        for columns, shown, left_out in ((200, (b"tokens", b"lr", b"left"), ()),
+                                         (80, (b"loss", b"tok/s", b"left"), (b"tokens", b"lr")),
+                                         (60, (b"loss", b"tok/s", b"left"), (b"tokens", b"mfu"))):
+            with self.subTest(columns=columns):
+                self.configure(f"wide{columns}", total_steps=30, log_every_steps=30)
+                seen = self.watch(f"wide{columns}", columns)
+                line = re.search(rb"\x1b\[2K(step 20/30[^\r]*)", seen)[1]
+                self.assertLess(len(line), columns)
+                for field in shown:
+                    self.assertIn(field, line)
+                for field in left_out:
+                    self.assertNotIn(field, line)
 
 
 if __name__ == "__main__":

@@ -70,6 +70,37 @@ TEST(StepLine, GrowsWithLargeNumbers) {
               AllOf(StartsWith("step 1,234,567/1,234,567 |"), HasSubstr("| 1,000,000 tok/s |")));
 }
 
+TEST(StepLine, LeavesOutWholeFieldsWhereItIsNarrow) {
+  const StepRecord record = sample_record();
+  const std::string whole = format_step_line(record);
+  EXPECT_EQ(format_step_line(record, whole.size()), whole);
+  // What a narrower line does without, one after the other.
+  std::string line = whole;
+  for (const std::string field : {" | 3.07M tokens",
+                                  " | 1.21 GB",
+                                  " | data 0%",
+                                  " | lr 5.98e-04",
+                                  " | grad 0.81",
+                                  " | mfu 62%",
+                                  " (avg 2.4012)"}) {
+    const size_t wider = line.size();
+    ASSERT_NE(line.find(field), line.npos) << field;
+    line.erase(line.find(field), field.size());
+    EXPECT_EQ(format_step_line(record, wider - 1), line);
+  }
+  EXPECT_EQ(line, "step   120/4,000 | loss 2.3456 | 45,123 tok/s | 1h02m left");
+  EXPECT_EQ(format_step_line(record, 10), line) << "the rest stays";
+}
+
+TEST(StepLine, OfAShortRunHasTheMostNeededIn80Columns) {
+  StepRecord record = sample_record();
+  record.step = 400;
+  record.total_steps = 800;
+  record.seconds_left = 42;
+  EXPECT_EQ(format_step_line(record, 79),
+            "step 400/800 | loss 2.3456 (avg 2.4012) | 45,123 tok/s | mfu 62% | 42s left");
+}
+
 TEST(Duration, HasTwoUnits) {
   EXPECT_EQ(format_duration(0), "0s");
   EXPECT_EQ(format_duration(59.4), "59s");
