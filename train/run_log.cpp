@@ -1,6 +1,7 @@
 #include "train/run_log.h"
 
 #include <filesystem>
+#include <utility>
 
 #include <nlohmann/json.hpp>
 #include <spdlog/spdlog.h>
@@ -33,9 +34,17 @@ void RunLog::add_start(const std::string& json) {
 
 void RunLog::show(const StepRecord& record) {
   line_.draw(format_step_line(record, line_.width()));
+  shown_ = record;
+}
+
+void RunLog::add_shown() {
+  if (shown_) {
+    add(*std::exchange(shown_, std::nullopt));
+  }
 }
 
 void RunLog::add(const StepRecord& record) {
+  shown_.reset();
   metrics_.append(record.step, to_json(record));
   say(format_step_line(record));
   if (!events_) {

@@ -26,6 +26,9 @@ class RunLog {
   // be written.
   void show(const StepRecord& record);
   void add(const StepRecord& record);
+  // Remembers the last step if it was only shown, so that a run that ends between two logged steps
+  // leaves where it came to. Nothing otherwise. Throws as add does.
+  void add_shown();
   void add_sample(const StepRecord& record, const std::string& prompt, const std::string& text);
   // A line of the log.
   void say(const std::string& text);
@@ -36,6 +39,7 @@ class RunLog {
   StepFile starts_;
   std::optional<EventWriter> events_;
   TerminalLine line_;
+  std::optional<StepRecord> shown_;  // the last step, if it was not remembered
 };
 
 }  // namespace rwkv
