@@ -190,18 +190,20 @@ StepRecord ProgressMeter::finish_step(StepRecord record, double now_s, double wa
   weighted_loss_ = kLossDecay * weighted_loss_ + record.loss;
   weight_ = kLossDecay * weight_ + 1;
   record.smoothed_loss = weighted_loss_ / weight_;
+  ++num_steps_;
   marks_.push_back({now_s - excluded_s_, record.tokens, waited_s});
   if (marks_.size() > kSpeedWindow + 1) {
     marks_.pop_front();
   }
   const double elapsed_s = marks_.back().time_s - marks_.front().time_s;
   if (elapsed_s > 0) {
-    const double num_steps = static_cast<double>(marks_.size() - 1);
+    const double step_s = elapsed_s / static_cast<double>(marks_.size() - 1);
     record.tokens_per_s = static_cast<double>(record.tokens - marks_.front().tokens) / elapsed_s;
     record.data_wait = (waited_s - marks_.front().waited_s) / elapsed_s;
     if (record.total_steps) {
       const auto steps_left = static_cast<double>(*record.total_steps - record.step);
-      record.seconds_left = steps_left * elapsed_s / num_steps;
+      // Pauses may lie far apart, so that all of the run tells what one step has of them.
+      record.seconds_left = steps_left * (step_s + excluded_s_ / num_steps_);
     }
   }
   return record;

@@ -60,7 +60,8 @@ class ProgressMeter {
   // follows from the steps before it. `now_s` is not below that of the call before, nor is
   // `waited_s`, the time so far spent waiting for data.
   StepRecord finish_step(StepRecord record, double now_s, double waited_s);
-  // Leaves time that was not training (a validation, a save) out of speed and time left.
+  // Leaves time after a step that was not training (a validation, a save) out of the speed. The
+  // time left counts on as much of it a step as there has been.
   void exclude_seconds(double seconds) { excluded_s_ += seconds; }
 
  private:
@@ -70,6 +71,7 @@ class ProgressMeter {
     double waited_s;
   };
 
+  double num_steps_ = 0;  // so far, those before a resume not included
   double excluded_s_ = 0;
   double weighted_loss_ = 0;
   double weight_ = 0;

@@ -180,13 +180,29 @@ TEST(ProgressMeter, CountsOnlyItsOwnTokensAfterAResume) {
   EXPECT_DOUBLE_EQ(*record.seconds_left, 49.0);
 }
 
-TEST(ProgressMeter, LeavesExcludedTimeOut) {
+TEST(ProgressMeter, LeavesPausesOutOfTheSpeedAndInTheTimeLeft) {
   ProgressMeter meter(0, 0.0);
   meter.finish_step(after(1, 64, 1), 1.0, 0);
   meter.exclude_seconds(60.0);
   const StepRecord record = meter.finish_step(after(2, 128, 1), 62.0, 0);
   EXPECT_DOUBLE_EQ(*record.tokens_per_s, 64.0);
-  EXPECT_DOUBLE_EQ(*record.seconds_left, 8.0);
+  EXPECT_DOUBLE_EQ(*record.seconds_left, 8 * (1.0 + 60.0 / 2));
+}
+
+TEST(ProgressMeter, CountsOnPausesThatLieFurtherApartThanItMeasuresTheSpeed) {
+  ProgressMeter meter(0, 0.0);
+  double now_s = 0;
+  StepRecord record;
+  for (int64_t step = 1; step <= 150; ++step) {
+    now_s += 1;
+    record = meter.finish_step(after(step, step * 64, 1, 1000), now_s, 0);
+    if (step % 75 == 0) {
+      meter.exclude_seconds(30.0);
+      now_s += 30;
+    }
+  }
+  EXPECT_DOUBLE_EQ(*record.tokens_per_s, 64.0);
+  EXPECT_DOUBLE_EQ(*record.seconds_left, 850 * (1.0 + 30.0 / 150));
 }
 
 TEST(ProgressMeter, KnowsNoSpeedBeforeTimeHasPassed) {
