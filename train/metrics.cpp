@@ -128,6 +128,15 @@ std::string lines_up_to(const std::string& path, std::string_view text, int64_t 
   return kept;
 }
 
+// The last of lines that each have their end, without it.
+std::string last_line(std::string_view lines) {
+  if (lines.empty()) {
+    return "";
+  }
+  lines.remove_suffix(1);
+  return std::string(lines.substr(lines.rfind('\n') + 1));
+}
+
 }  // namespace
 
 std::string format_duration(double seconds) {
@@ -183,7 +192,15 @@ std::string format_step_line(const StepRecord& record, size_t width) {
   return line;
 }
 
-ProgressMeter::ProgressMeter(int64_t tokens, double now_s) : marks_{{now_s, tokens, 0}} {}
+ProgressMeter::ProgressMeter(int64_t tokens, double now_s, std::optional<SmoothedLoss> before)
+    : marks_{{now_s, tokens, 0}} {
+  if (before) {
+    // The sum of as many weights as there were steps.
+    const double falling = std::pow(kLossDecay, static_cast<double>(before->step));
+    weight_ = (1 - falling) / (1 - kLossDecay);
+    weighted_loss_ = weight_ * before->value;
+  }
+}
 
 StepRecord ProgressMeter::finish_step(StepRecord record, double now_s, double waited_s) {
   // Divided by the sum of weights, so that the first steps are a mean and not pulled towards 0.
@@ -218,6 +235,7 @@ StepFile::StepFile(const std::string& path, int64_t resumed_step) : path_(path) 
       file.write(kept);
       file.commit();
     }
+    last_kept_line_ = last_line(kept);
   }
   file_.open(path, std::ios::binary | std::ios::app);
   if (!file_) {

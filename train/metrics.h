@@ -48,13 +48,20 @@ std::string format_count(int64_t count);
 // "999 B", "1.21 GB": the same, of bytes.
 std::string format_bytes(int64_t bytes);
 
-// Keeps what a line needs from the steps before it: a mean of the loss with exponentially falling
-// weights, and the times of the last steps. A resumed run starts both anew.
+// A mean of the losses up to a step, from the first one on, with exponentially falling weights.
+struct SmoothedLoss {
+  int64_t step = 0;
+  double value = 0;
+};
+
+// Keeps what a line needs from the steps before it: the smoothed loss, and the times of the last
+// steps. A resumed run starts the times anew.
 class ProgressMeter {
  public:
   // `now_s` is the time in seconds, from any fixed point, at which the first step begins;
-  // `tokens` those trained on before it.
-  ProgressMeter(int64_t tokens, double now_s);
+  // `tokens` those trained on before it, `before` where the smoothed loss goes on from: a resumed
+  // run that began it anew would show a jump that the loss did not make.
+  ProgressMeter(int64_t tokens, double now_s, std::optional<SmoothedLoss> before = {});
 
   // Call after every step, logged or not, with the step's own values in `record`; fills in what
   // follows from the steps before it. `now_s` is not below that of the call before, nor is
@@ -90,9 +97,12 @@ class StepFile {
   // Appends an object in one line of JSON and hands it to the operating system. Throws
   // std::runtime_error with path and step if that fails.
   void append(int64_t step, const std::string& json);
+  // The last of the lines that were there already and were kept; empty if there was none.
+  const std::string& last_kept_line() const { return last_kept_line_; }
 
  private:
   std::string path_;
+  std::string last_kept_line_;
   std::ofstream file_;
 };
 

@@ -28,6 +28,16 @@ RunLog::RunLog(const RunConfig& config, int64_t resumed_step, double time)
   }
 }
 
+std::optional<SmoothedLoss> RunLog::smoothed_loss() const {
+  const auto row =
+      nlohmann::json::parse(metrics_.last_kept_line(), nullptr, /*allow_exceptions=*/false);
+  // A row of another release may lack it.
+  if (!row.is_object() || !row.contains("smoothed_loss") || !row["smoothed_loss"].is_number()) {
+    return std::nullopt;
+  }
+  return SmoothedLoss{.step = row.at("step"), .value = row.at("smoothed_loss")};
+}
+
 void RunLog::add_start(const std::string& json) {
   starts_.append(nlohmann::json::parse(json).at("step"), json);
 }

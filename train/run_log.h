@@ -20,6 +20,9 @@ class RunLog {
   // Throws std::runtime_error naming the file that cannot be read or written.
   RunLog(const RunConfig& config, int64_t resumed_step, double time);
 
+  // Where the smoothed loss had come to in the last row of metrics.jsonl that the run goes on from;
+  // nothing if there is none.
+  std::optional<SmoothedLoss> smoothed_loss() const;
   // A line for this start of the run: `json` is an object in one line, with a "step".
   void add_start(const std::string& json);
   // A step that was only done, and one to be remembered. Throws std::runtime_error if a file cannot

@@ -83,7 +83,7 @@ class Stops(Life):
                 self.assertEqual(self.last_step(name), json.loads(self.lines(name)[-1])["step"])
 
     def test_it_goes_on_bit_for_bit_after_a_signal(self):
-        whole = self.configure("whole", total_steps=2000, log_every_steps=100)
+        whole = self.configure("whole", total_steps=2000, log_every_steps=1)
         self.assertEqual(self.train("whole").returncode, 0)
         stopped = self.configure("stopped", total_steps=2000, log_every_steps=1)
         process = self.start("stopped")
@@ -95,6 +95,10 @@ class Stops(Life):
         contents = [support.read_safetensors(run / "checkpoints/step_00002000/model.safetensors")
                     for run in (whole, stopped)]
         self.assertTrue(contents[0] == contents[1])
+        smoothed = [[row["smoothed_loss"] for row in support.metrics(run)]
+                    for run in (whole, stopped)]
+        self.assertEqual(len(smoothed[1]), 2000)
+        self.assertLess(max(abs(x - y) for x, y in zip(*smoothed)), 1e-9)
 
     def test_a_second_sigint_ends_it_at_once(self):
         # One step takes minutes: the first signal waits for the end of a micro-batch.

@@ -224,6 +224,24 @@ TEST(ProgressMeter, SmoothsTheLossWithoutPullingItTowardsZero) {
   EXPECT_NEAR(record.smoothed_loss, 1.0, 1e-6);
 }
 
+TEST(ProgressMeter, GoesOnFromASmoothedLossAsIfItHadNotBeenInterrupted) {
+  const auto loss_at = [](int64_t step) { return 2.0 + 1.0 / static_cast<double>(step); };
+  for (const int64_t resumed : {1, 7, 400}) {
+    ProgressMeter whole(0, 0.0);
+    double smoothed = 0;
+    for (int64_t step = 1; step <= resumed; ++step) {
+      smoothed = whole.finish_step(after(step, step, loss_at(step)), 0, 0).smoothed_loss;
+    }
+    ProgressMeter meter(resumed, 0.0, SmoothedLoss{.step = resumed, .value = smoothed});
+    for (int64_t step = resumed + 1; step <= resumed + 3; ++step) {
+      const StepRecord record = after(step, step, loss_at(step));
+      EXPECT_NEAR(meter.finish_step(record, 0, 0).smoothed_loss,
+                  whole.finish_step(record, 0, 0).smoothed_loss,
+                  1e-12);
+    }
+  }
+}
+
 StepRecord record_of(int64_t step) {
   return {.step = step, .total_steps = 9, .tokens = step * 64, .loss = 0.1, .smoothed_loss = 0.2};
 }
@@ -264,6 +282,16 @@ TEST(StepFile, HoldsEachStepOnceAfterAResume) {
   write_steps(0, 5);
   EXPECT_EQ(test::read_file(path), uninterrupted);
   EXPECT_THAT(folder.files(), ElementsAre("metrics.jsonl"));
+}
+
+TEST(StepFile, HasTheLastLineThatItKept) {
+  const test::TempFolder folder;
+  const std::string path = folder.path("metrics.jsonl");
+  EXPECT_EQ(StepFile(path, 9).last_kept_line(), "");
+  test::write_file(path, "{\"step\":1}\n{\"step\":2}\n{\"step\":3}\n{\"step\":4");
+  EXPECT_EQ(StepFile(path, 2).last_kept_line(), "{\"step\":2}");
+  EXPECT_EQ(StepFile(path, 1).last_kept_line(), "{\"step\":1}");
+  EXPECT_EQ(StepFile(path, 0).last_kept_line(), "");
 }
 
 TEST(StepFile, DropsALastLineThatWasCut) {

@@ -54,5 +54,18 @@ TEST_F(RunLogTest, RemembersNoStepTwice) {
   EXPECT_EQ(metrics(), line_of(2) + line_of(3));
 }
 
+TEST_F(RunLogTest, HandsOverTheSmoothedLossOfTheLastRowThatItKeeps) {
+  EXPECT_FALSE(open().smoothed_loss());
+  test::write_file(folder_.path("metrics.jsonl"),
+                   "{\"step\":10,\"smoothed_loss\":3.5}\n{\"step\":20,\"smoothed_loss\":3.25}\n"
+                   "{\"step\":30,\"smoothed_loss\":3.0}\n");
+  const auto before = open(25).smoothed_loss();
+  ASSERT_TRUE(before);
+  EXPECT_EQ(before->step, 20);
+  EXPECT_EQ(before->value, 3.25);
+  test::write_file(folder_.path("metrics.jsonl"), "{\"step\":10,\"loss\":3.5}\n");
+  EXPECT_FALSE(open(25).smoothed_loss());
+}
+
 }  // namespace
 }  // namespace rwkv
