@@ -67,23 +67,50 @@ class Report(support.Folder):
         return page
 
     def charts(self, page):
-        return [a["aria-label"] for tag, a in page.tags if tag == "svg"]
+        """By its name, what a chart says of its axes, and its paths."""
+        charts = {}
+        for tag, attributes in page.tags:
+            if attributes.get("class") == "plot":
+                axes = attributes
+            elif tag == "svg":
+                paths = []
+                charts[attributes["aria-label"]] = axes, paths
+            elif tag == "path":
+                paths.append(attributes)
+        return charts
 
     def test_says_the_numbers_of_a_run(self):
         page = self.report(write_run(self.folder / "first"))
         for number in ("25,600", "0.0525", "0.0625", "1,234", "40.5 %", "300 MiB", "3m20s"):
             self.assertIn(number, page.text)
-        self.assertEqual(len(self.charts(page)), 7)
+        self.assertEqual(len(self.charts(page)), 8)
         self.assertIn("n_layer", page.text)
 
     def test_draws_every_point_inside_the_picture(self):
         page = self.report(write_run(self.folder / "first"))
-        curves = {a["data-name"]: a["d"] for tag, a in page.tags if tag == "path" and "data-name" in a}
+        _, paths = self.charts(page)["Loss over step"]
+        curves = {a["data-name"]: a["d"] for a in paths if "data-name" in a}
         points = [tuple(map(int, p)) for p in re.findall(r"[ML](-?\d+) (-?\d+)", curves["each step"])]
         self.assertEqual(len(points), 100)
         self.assertTrue(all(0 <= x <= 10000 and 0 <= y <= 10000 for x, y in points))
         self.assertEqual(sorted(points), points)
         self.assertEqual(curves["validation"].count("L"), 1)
+
+    def test_draws_the_second_half_of_the_loss_apart(self):
+        runs = [write_run(self.folder / name, steps) for name, steps in (("long", 100), ("short", 40))]
+        for page in (self.report(runs[0]), self.report(*runs)):
+            axes, paths = self.charts(page)["Loss, second half over step"]
+            # From 5 / 51 or 5.25 / 51 down, and not from 5.
+            self.assertLess(float(axes["data-y1"]), 0.11)
+            self.assertGreater(float(axes["data-y0"]), 0.04)
+            self.assertEqual((axes["data-x0"], axes["data-x1"]), ("51", "100"))
+            self.assertNotIn("short", [a.get("data-name") for a in paths])
+            for curve in paths[1:]:
+                for y in re.findall(r"[ML][\d.]+ (-?[\d.]+)", curve["d"]):
+                    self.assertTrue(0 <= float(y) <= 10000, curve)
+        self.assertEqual(page.text.count("nats a token, smoothed"), 2)
+        self.assertNotIn("Loss, second half over step",
+                         self.charts(self.report(write_run(self.folder / "few", 18))))
 
     def test_escapes_what_runs_say(self):
         evil = "</pre><script>alert('x')</script>&amp; \"q\""
@@ -102,7 +129,8 @@ class Report(support.Folder):
         support.write_text(run / "starts.jsonl", map(json.dumps, starts))
         page = self.report(run)
         marks = [a for tag, a in page.tags if a.get("class", "").startswith("mark")]
-        self.assertEqual(len(marks), 2 * 7)
+        # Step 40 is none of the second half.
+        self.assertEqual(len(marks), 2 * 7 + 1)
         self.assertIn("2023-11-14 22:14 UTC", page.text)
 
     def test_compares_runs(self):

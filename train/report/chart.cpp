@@ -233,13 +233,14 @@ std::string draw_chart(const Chart& chart, const Axis& axis, size_t columns) {
     svg += draw_curve(curve, x, y, columns);
   }
   return fmt::format(
-      "<figure class=\"chart\"><figcaption><b>{}</b> <span "
+      "<figure class=\"chart{}\"><figcaption><b>{}</b> <span "
       "class=\"unit\">{}{}</span>{}</figcaption>"
       "<div class=\"plot\" data-x0=\"{}\" data-x1=\"{}\" data-y0=\"{}\" data-y1=\"{}\" "
       "data-log=\"{}\" "
       "data-x=\"{}\" data-second=\"{}\" data-ratio=\"{}\">"
       "<svg viewBox=\"0 0 10000 10000\" preserveAspectRatio=\"none\" role=\"img\" "
       "aria-label=\"{}\">{}</svg>{}</div></figure>\n",
+      chart.wide ? " wide" : "",
       escape_html(chart.title),
       escape_html(chart.unit),
       y.log ? ", logarithmic" : "",

@@ -39,6 +39,7 @@ struct Chart {
   std::string title;
   std::string unit;
   Scale scale = Scale::kLinear;
+  bool wide = false;  // as wide as the page
   std::vector<Curve> curves;
   std::vector<Mark> marks;
 };

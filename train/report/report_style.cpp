@@ -33,7 +33,7 @@ p { margin: 0 0 8px; }
   gap: 16px; }
 .chart { margin: 0; padding: 14px 18px 12px; background: var(--card); border: 1px solid var(--line);
   border-radius: 8px; min-width: 0; }
-.chart:first-child { grid-column: 1 / -1; }
+.chart.wide { grid-column: 1 / -1; }
 figcaption { min-height: 24px; margin-bottom: 10px; }
 .unit { color: var(--quiet); font-size: 13px; margin-right: 12px; }
 .key { display: inline-block; font-size: 13px; margin-right: 14px; overflow-wrap: anywhere; }
@@ -42,7 +42,7 @@ figcaption { min-height: 24px; margin-bottom: 10px; }
 .key.faint::before { opacity: .4; }
 .key.dots::before { border-top: 0; width: 8px; height: 8px; border-radius: 4px; background: var(--c); }
 .plot { position: relative; height: 190px; margin: 0 8px 40px 50px; touch-action: pan-y; }
-.chart:first-child .plot { height: 320px; }
+.chart.wide .plot { height: 320px; }
 .plot svg { display: block; width: 100%; height: 100%; overflow: visible; }
 .plot path { fill: none; stroke: var(--c); vector-effect: non-scaling-stroke; }
 .plot path.grid { stroke: var(--grid); stroke-width: 1; }
@@ -85,7 +85,7 @@ footer { margin-top: 40px; font-size: 13px; color: var(--quiet); }
   main { padding: 18px 12px 40px; }
   .chart { padding: 12px 10px 8px; }
   .plot .odd { display: none; }
-  .chart:first-child .plot { height: 240px; }
+  .chart.wide .plot { height: 240px; }
   .tiles { grid-template-columns: 1fr 1fr; }
   .facts th, .facts td { display: block; width: auto; padding: 2px 14px; }
   .facts td { border-top: 0; padding-bottom: 6px; }

@@ -24,7 +24,12 @@ Chart chart_of(std::vector<double> y, Scale scale = Scale::kLinear) {
   for (size_t i = 0; i < curve.y.size(); ++i) {
     curve.x.push_back(static_cast<double>(i));
   }
-  return {.title = "Loss", .unit = "nats", .scale = scale, .curves = {curve}, .marks = {}};
+  return {.title = "Loss",
+          .unit = "nats",
+          .scale = scale,
+          .wide = false,
+          .curves = {curve},
+          .marks = {}};
 }
 
 TEST(Ticks, AreRound) {
