@@ -3,6 +3,8 @@
 import html.parser
 import json
 import re
+import shutil
+import subprocess
 
 import support
 
@@ -79,6 +81,29 @@ class Report(support.Folder):
                 paths.append(attributes)
         return charts
 
+    def tips(self, label, places):
+        """What the page shows with a pointer at these places of a chart, which are fractions of its
+        width, or terms of pixels."""
+        browser = shutil.which("chromium") or shutil.which("google-chrome")
+        if not browser:
+            self.skipTest("missing: chromium")
+        page = (self.folder / "page.html").read_text(encoding="utf-8")
+        terms = [f"{place} * width" if isinstance(place, float) else str(place) for place in places]
+        pointed = self.folder / "pointed.html"
+        pointed.write_text(page + """<script>
+            const figure = document.querySelector(`[aria-label="LABEL"]`).closest('figure');
+            const box = figure.querySelector('.plot').getBoundingClientRect(), width = box.width;
+            const tips = [TERMS].map(x => {
+              figure.dispatchEvent(new PointerEvent('pointermove', { clientX: box.left + x }));
+              return figure.querySelector('.tip').textContent;
+            });
+            document.body.innerHTML = '<pre>' + JSON.stringify(tips) + '</pre>';
+            </script>""".replace("LABEL", label).replace("TERMS", ", ".join(terms)), encoding="utf-8")
+        done = subprocess.run([browser, "--headless", "--no-sandbox", "--disable-gpu",
+                               f"--user-data-dir={self.folder / 'browser'}", "--dump-dom",
+                               pointed.as_uri()], capture_output=True, timeout=120, check=True)
+        return json.loads(re.search(r"<body><pre>(.*)</pre>", done.stdout.decode(), re.S)[1])
+
     def test_says_the_numbers_of_a_run(self):
         page = self.report(write_run(self.folder / "first"))
         for number in ("25,600", "0.0525", "0.0625", "1,234", "40.5 %", "300 MiB", "3m20s"):
@@ -90,11 +115,32 @@ class Report(support.Folder):
         page = self.report(write_run(self.folder / "first"))
         _, paths = self.charts(page)["Loss over step"]
         curves = {a["data-name"]: a["d"] for a in paths if "data-name" in a}
-        points = [tuple(map(int, p)) for p in re.findall(r"[ML](-?\d+) (-?\d+)", curves["each step"])]
+        points = [tuple(map(float, p))
+                  for p in re.findall(r"[ML](-?[\d.]+) (-?[\d.]+)", curves["each step"])]
         self.assertEqual(len(points), 100)
         self.assertTrue(all(0 <= x <= 10000 and 0 <= y <= 10000 for x, y in points))
         self.assertEqual(sorted(points), points)
         self.assertEqual(curves["validation"].count("L"), 1)
+
+    def test_is_read_under_the_pointer(self):
+        # Logged every tenth of 30,000 steps: a place in 10,000 would be three of them.
+        run = write_run(self.folder / "run", 30_000)
+        lines = (run / "metrics.jsonl").read_text().splitlines()
+        kept = [line for i, line in enumerate(lines, 1) if i % 10 == 0 and "validation" not in line]
+        lines[0] = json.dumps(json.loads(lines[0]) | {"validation_loss": 5.5})
+        support.write_text(run / "metrics.jsonl", [lines[0], *kept])
+        self.report(run)
+        first, middle, last = (tip.split("\n") for tip in self.tips(
+            "Loss over step", (-30, 0.12340, "width + 30")))
+        self.assertEqual(first[0], "step 1 (256 tokens)")
+        self.assertEqual(first[3], "validation  5.5")
+        step = int(re.match(r"step ([\d,]+) \(", middle[0])[1].replace(",", ""))
+        self.assertEqual(step % 10, 0)
+        self.assertLess(abs(step - 0.1234 * 30_000), 30)
+        self.assertEqual(middle[0], f"step {step:,} ({256 * step:,} tokens)")
+        self.assertAlmostEqual(float(middle[1].split("  ")[1]) * step, 5, delta=0.01)
+        self.assertEqual(middle[3], "validation  5.5  at step 1")
+        self.assertEqual(last[0], "step 29,990 (7,677,440 tokens)")
 
     def test_draws_the_second_half_of_the_loss_apart(self):
         runs = [write_run(self.folder / name, steps) for name, steps in (("long", 100), ("short", 40))]

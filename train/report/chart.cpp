@@ -14,8 +14,11 @@
 namespace rwkv {
 namespace {
 
-// Coordinates of the SVG's own: fine enough that four digits of a value can be read back.
+// Coordinates of the SVG's own, and the parts of one that points are rounded to: fine enough that
+// the steps of a run of a million, and four digits of a value, can be read back.
 constexpr double kExtent = 10000;
+constexpr double kPartsOfX = 1000;
+constexpr double kPartsOfY = 10;
 // Below that a logarithmic axis shows no more than a linear one.
 constexpr double kLeastLogRatio = 5;
 constexpr size_t kNumColours = 8;
@@ -102,10 +105,10 @@ std::string path_of(const Curve& curve, const Range& x, const Range& y, size_t c
     for (size_t j = previous; pen_down && curve.kind != CurveKind::kDots && j < i; ++j) {
       pen_down = is_shown(curve, j);
     }
-    path += fmt::format("{}{:.0f} {:.0f}",
+    path += fmt::format("{}{} {}",
                         pen_down ? 'L' : 'M',
-                        kExtent * x.place(curve.x[i]),
-                        kExtent * (1 - y.place(curve.y[i])));
+                        std::round(kExtent * x.place(curve.x[i]) * kPartsOfX) / kPartsOfX,
+                        std::round(kExtent * (1 - y.place(curve.y[i])) * kPartsOfY) / kPartsOfY);
     pen_down = true;
     previous = i;
   }

@@ -93,30 +93,35 @@ footer { margin-top: 40px; font-size: 13px; color: var(--quiet); }
 )";
 
 const std::string_view kReportScript = R"(
-for (const plot of document.querySelectorAll('.plot')) {
-  const d = plot.dataset, x0 = +d.x0, x1 = +d.x1, y0 = +d.y0, y1 = +d.y1;
+for (const figure of document.querySelectorAll('.chart')) {
+  const plot = figure.querySelector('.plot'), d = plot.dataset;
+  const x0 = +d.x0, x1 = +d.x1, y0 = +d.y0, y1 = +d.y1;
   const value = v => (f => +d.log ? y0 * (y1 / y0) ** f : y0 + (y1 - y0) * f)(1 - v / 1e4);
-  const text = v => Math.abs(v) < 1e4 ? +v.toPrecision(4) + '' : Math.round(v).toLocaleString('en');
+  const whole = v => v.toLocaleString('en', { maximumFractionDigits: 0 });
+  const text = v => Math.abs(v) < 1e4 ? +v.toPrecision(4) + '' : whole(v);
+  const step = place => Math.round(x0 + (x1 - x0) * place / 1e4);
   let curves;
   const read = () => [...plot.querySelectorAll('path[data-name]')].map(path => {
-    const n = (path.getAttribute('d').match(/-?\d+/g) || []).map(Number);
+    const n = (path.getAttribute('d').match(/-?[\d.]+/g) || []).map(Number);
     return { name: path.dataset.name, x: n.filter((_, i) => i % 2 == 0), y: n.filter((_, i) => i % 2) };
-  });
+  }).filter(curve => curve.x.length);
   const ruler = document.createElement('div'), tip = document.createElement('div');
   ruler.className = 'ruler';
   tip.className = 'tip';
-  plot.addEventListener('pointermove', event => {
+  const show = event => {
     const box = plot.getBoundingClientRect();
     const at = Math.min(1, Math.max(0, (event.clientX - box.left) / box.width)) * 1e4;
     curves = curves || read();
-    const near = curves.map(c => c.x.reduce((b, x, i) => Math.abs(x - at) < Math.abs(c.x[b] - at) ? i : b, 0));
+    const nearer = (a, b) => Math.abs(b - at) < Math.abs(a - at);
+    const near = curves.map(c => c.x.reduce((b, x, i) => nearer(c.x[b], x) ? i : b, 0));
     const places = curves.map((c, i) => c.x[near[i]]);
-    const place = places.reduce((b, x) => Math.abs(x - at) < Math.abs(b - at) ? x : b, places[0]);
-    const x = x0 + (x1 - x0) * place / 1e4;
-    const lines = [d.x + ' ' + Math.round(x).toLocaleString('en')];
-    if (d.second) lines[0] += ' (' + Math.round(x * d.ratio).toLocaleString('en') + ' ' + d.second + ')';
+    const place = places.reduce((b, x) => nearer(b, x) ? x : b);
+    const lines = [d.x + ' ' + whole(step(place))];
+    if (d.second) lines[0] += ' (' + whole(step(place) * d.ratio) + ' ' + d.second + ')';
     curves.forEach((c, i) => {
-      if (Math.abs(places[i] - place) < 150) lines.push(c.name + '  ' + text(value(c.y[near[i]])));
+      const elsewhere = step(places[i]) != step(place);
+      lines.push(c.name + '  ' + text(value(c.y[near[i]])) +
+                 (elsewhere ? '  at ' + d.x + ' ' + whole(step(places[i])) : ''));
     });
     tip.textContent = lines.join('\n');
     ruler.style.left = place / 100 + '%';
@@ -124,8 +129,10 @@ for (const plot of document.querySelectorAll('.plot')) {
     tip.style.left = left ? 'calc(' + place / 100 + '% + 10px)' : 'auto';
     tip.style.right = left ? 'auto' : 'calc(' + (100 - place / 100) + '% + 10px)';
     plot.append(ruler, tip);
-  });
-  plot.addEventListener('pointerleave', () => { ruler.remove(); tip.remove(); });
+  };
+  // On all of the figure, so that the ends of the curves can be reached.
+  figure.addEventListener('pointermove', show);
+  figure.addEventListener('pointerleave', () => { ruler.remove(); tip.remove(); });
 }
 )";
 

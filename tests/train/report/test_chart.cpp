@@ -78,19 +78,20 @@ TEST(ColumnMeans, LeaveOutWhatIsNotThere) {
 
 TEST(DrawnChart, RunsFromCornerToCorner) {
   // 4 % above and below, and y counts from the top.
-  EXPECT_THAT(draw_chart(chart_of({1, 2}), {}, 600), HasSubstr("d=\"M0 9630L10000 370\""));
+  EXPECT_THAT(draw_chart(chart_of({1, 2}), {}, 600), HasSubstr("d=\"M0 9629.6L10000 370.4\""));
 }
 
 TEST(DrawnChart, BreaksALineWhereAValueIsMissing) {
   const std::string html = draw_chart(chart_of({1, 1, kNan, 2, 2}), {}, 600);
-  EXPECT_THAT(html, HasSubstr("d=\"M0 9630L2500 9630M7500 370L10000 370\""));
+  EXPECT_THAT(html, HasSubstr("d=\"M0 9629.6L2500 9629.6M7500 370.4L10000 370.4\""));
 }
 
 TEST(DrawnChart, JoinsRareDots) {
   Chart chart = chart_of({1, kNan, 2});
   chart.curves[0].kind = CurveKind::kDots;
   const std::string html = draw_chart(chart, {}, 600);
-  EXPECT_THAT(html, AllOf(HasSubstr("d=\"M0 9630L10000 370\""), HasSubstr("h0M10000 370h0\"")));
+  EXPECT_THAT(html,
+              AllOf(HasSubstr("d=\"M0 9629.6L10000 370.4\""), HasSubstr("h0M10000 370.4h0\"")));
 }
 
 TEST(DrawnChart, IsLogarithmicWhereThatHelps) {
