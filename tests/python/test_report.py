@@ -81,27 +81,25 @@ class Report(support.Folder):
                 paths.append(attributes)
         return charts
 
-    def tips(self, label, places):
-        """What the page shows with a pointer at these places of a chart, which are fractions of its
-        width, or terms of pixels."""
+    def in_browser(self, script):
+        """What a script returns at the end of the page, which has `figure`, the first chart, and
+        `point`, which sends it an event of a pointer so many pixels right of its plot's left end."""
         browser = shutil.which("chromium") or shutil.which("google-chrome")
         if not browser:
             self.skipTest("missing: chromium")
-        page = (self.folder / "page.html").read_text(encoding="utf-8")
-        terms = [f"{place} * width" if isinstance(place, float) else str(place) for place in places]
-        pointed = self.folder / "pointed.html"
-        pointed.write_text(page + """<script>
-            const figure = document.querySelector(`[aria-label="LABEL"]`).closest('figure');
-            const box = figure.querySelector('.plot').getBoundingClientRect(), width = box.width;
-            const tips = [TERMS].map(x => {
-              figure.dispatchEvent(new PointerEvent('pointermove', { clientX: box.left + x }));
-              return figure.querySelector('.tip').textContent;
-            });
-            document.body.innerHTML = '<pre>' + JSON.stringify(tips) + '</pre>';
-            </script>""".replace("LABEL", label).replace("TERMS", ", ".join(terms)), encoding="utf-8")
+        page = self.folder / "scripted.html"
+        page.write_text((self.folder / "page.html").read_text(encoding="utf-8") + """<script>
+            const figure = document.querySelector('figure');
+            const box = figure.querySelector('.plot').getBoundingClientRect();
+            const point = (type, x, options) => figure.dispatchEvent(new PointerEvent(
+              type, { clientX: box.left + x, bubbles: true, ...options }));
+            const result = (() => {""" + script + """})();
+            document.body.innerHTML = '<pre>' + JSON.stringify(result) + '</pre>';
+            </script>""", encoding="utf-8")
         done = subprocess.run([browser, "--headless", "--no-sandbox", "--disable-gpu",
-                               f"--user-data-dir={self.folder / 'browser'}", "--dump-dom",
-                               pointed.as_uri()], capture_output=True, timeout=120, check=True)
+                               f"--user-data-dir={self.folder / 'browser'}", "--window-size=500,900",
+                               "--dump-dom", page.as_uri()],
+                              capture_output=True, timeout=120, check=True)
         return json.loads(re.search(r"<body><pre>(.*)</pre>", done.stdout.decode(), re.S)[1])
 
     def test_says_the_numbers_of_a_run(self):
@@ -130,8 +128,11 @@ class Report(support.Folder):
         lines[0] = json.dumps(json.loads(lines[0]) | {"validation_loss": 5.5})
         support.write_text(run / "metrics.jsonl", [lines[0], *kept])
         self.report(run)
-        first, middle, last = (tip.split("\n") for tip in self.tips(
-            "Loss over step", (-30, 0.12340, "width + 30")))
+        first, middle, last = (tip.split("\n") for tip in self.in_browser("""
+            return [-30, 0.1234 * box.width, box.width + 30].map(x => {
+              point('pointermove', x);
+              return figure.querySelector('.tip').textContent;
+            });"""))
         self.assertEqual(first[0], "step 1 (256 tokens)")
         self.assertEqual(first[3], "validation  5.5")
         step = int(re.match(r"step ([\d,]+) \(", middle[0])[1].replace(",", ""))
@@ -141,6 +142,36 @@ class Report(support.Folder):
         self.assertAlmostEqual(float(middle[1].split("  ")[1]) * step, 5, delta=0.01)
         self.assertEqual(middle[3], "validation  5.5  at step 1")
         self.assertEqual(last[0], "step 29,990 (7,677,440 tokens)")
+
+    def test_keeps_the_reading_within_a_narrow_page(self):
+        self.report(*(write_run(self.folder / f"{i} {'name ' * 30}") for i in range(2)))
+        page, *tips = self.in_browser("""
+            const width = () => document.documentElement.scrollWidth;
+            return [width(), ...[0, 0.49, 0.51, 1].map(part => {
+              point('pointermove', part * box.width);
+              const tip = figure.querySelector('.tip').getBoundingClientRect();
+              return [tip.left, tip.right, width()];
+            })];""")
+        for left, right, width in tips:
+            self.assertGreaterEqual(left, 0)
+            self.assertLessEqual(right, page)
+            self.assertEqual(width, page)
+
+    def test_shows_the_reading_of_a_tap_until_one_elsewhere(self):
+        self.report(write_run(self.folder / "run"))
+        shown = self.in_browser("""
+            const shown = [], note = () => shown.push(document.querySelectorAll('.tip').length);
+            const touch = { pointerType: 'touch' };
+            point('pointerdown', 100, touch), note();
+            point('pointerleave', 100, touch), note();
+            document.querySelectorAll('figure')[1].dispatchEvent(
+              new PointerEvent('pointerdown', { clientX: 200, bubbles: true, ...touch })), note();
+            document.querySelector('h1').dispatchEvent(
+              new PointerEvent('pointerdown', { bubbles: true, ...touch })), note();
+            point('pointermove', 100), note();
+            point('pointerleave', 100), note();
+            return shown;""")
+        self.assertEqual(shown, [1, 1, 1, 0, 1, 0])
 
     def test_draws_the_second_half_of_the_loss_apart(self):
         runs = [write_run(self.folder / name, steps) for name, steps in (("long", 100), ("short", 40))]

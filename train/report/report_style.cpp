@@ -62,7 +62,8 @@ figcaption { min-height: 24px; margin-bottom: 10px; }
 .ruler { position: absolute; top: 0; bottom: 0; border-left: 1px solid var(--quiet);
   pointer-events: none; }
 .tip { position: absolute; top: 0; z-index: 1; padding: 6px 10px; font-size: 13px; line-height: 1.4;
-  background: var(--card); border: 1px solid var(--line); border-radius: 6px; white-space: pre;
+  background: var(--card); border: 1px solid var(--line); border-radius: 6px;
+  width: max-content; max-width: calc(100vw - 24px); white-space: pre-wrap; overflow-wrap: anywhere;
   box-shadow: 0 2px 10px rgb(0 0 0 / .18); pointer-events: none; }
 .scroll { overflow-x: auto; background: var(--card); border: 1px solid var(--line); border-radius: 8px; }
 table { border-collapse: collapse; width: 100%; font-size: 14px; }
@@ -125,14 +126,19 @@ for (const figure of document.querySelectorAll('.chart')) {
     });
     tip.textContent = lines.join('\n');
     ruler.style.left = place / 100 + '%';
-    const left = place < 5000;
-    tip.style.left = left ? 'calc(' + place / 100 + '% + 10px)' : 'auto';
-    tip.style.right = left ? 'auto' : 'calc(' + (100 - place / 100) + '% + 10px)';
     plot.append(ruler, tip);
+    // On the side with more room, and within the page.
+    const x = box.left + box.width * place / 1e4, width = tip.offsetWidth;
+    const most = document.documentElement.clientWidth - 8 - width;
+    tip.style.left = Math.max(8, Math.min(most, place < 5000 ? x + 10 : x - 10 - width)) - box.left + 'px';
   };
+  const hide = () => { ruler.remove(); tip.remove(); };
   // On all of the figure, so that the ends of the curves can be reached.
   figure.addEventListener('pointermove', show);
-  figure.addEventListener('pointerleave', () => { ruler.remove(); tip.remove(); });
+  figure.addEventListener('pointerdown', show);
+  // A finger leaves with each tap: what it showed stays until a tap elsewhere.
+  figure.addEventListener('pointerleave', event => { if (event.pointerType != 'touch') hide(); });
+  document.addEventListener('pointerdown', event => { if (!figure.contains(event.target)) hide(); });
 }
 )";
 
