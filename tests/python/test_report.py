@@ -222,6 +222,22 @@ class Report(support.Folder):
         self.assertIn("model.n_embd", before_each)
         self.assertNotIn("n_layer", before_each)
 
+    def test_tells_runs_apart(self):
+        for i in range(10):
+            (self.folder / f"part{i}").mkdir()
+        runs = [write_run(self.folder / f"part{i}" / ("run" if i < 2 else f"run{i}"))
+                for i in range(10)]
+        page = self.report(*runs)
+        _, paths = self.charts(page)["Learning rate over step"]
+        lines = {a["data-name"]: a["class"] for a in paths if "data-name" in a}
+        self.assertEqual(list(lines), [str(run) for run in runs[:2]] + [run.name for run in runs[2:]])
+        self.assertEqual(len(set(lines.values())), 10)
+        # In the legend and in the tables as on the line.
+        keys = [a["class"] for tag, a in page.tags if a.get("class", "").startswith("key ")]
+        for line in lines.values():
+            self.assertIn("key " + line, keys)
+            self.assertIn("key " + line.removeprefix("line "), keys)
+
     def test_says_what_is_broken(self):
         run = write_run(self.folder / "run")
         with open(run / "metrics.jsonl", "a", encoding="utf-8") as file:

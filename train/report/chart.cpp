@@ -128,18 +128,18 @@ std::string_view class_of(CurveKind kind) {
 
 std::string draw_curve(const Curve& curve, const Range& x, const Range& y, size_t columns) {
   const std::string path = path_of(curve, x, y, columns);
-  const size_t colour = curve.colour % kNumColours;
+  const std::string colour = colour_class(curve.colour);
   const std::string name =
       curve.name.empty() ? "" : " data-name=\"" + escape_html(curve.name) + "\"";
   std::string svg =
-      fmt::format(R"(<path class="{} c{}"{} d="{}"/>)", class_of(curve.kind), colour, name, path);
+      fmt::format(R"(<path class="{} {}"{} d="{}"/>)", class_of(curve.kind), colour, name, path);
   // A line of no length with round ends is a dot that stays round however the picture is stretched.
   if (curve.kind == CurveKind::kDots || path.find('L') == path.npos) {
     std::string dots;
     for (const char c : path) {
       dots += c == 'L' ? "h0M" : std::string(1, c);
     }
-    svg += fmt::format(R"(<path class="dot c{}" d="{}h0"/>)", colour, dots);
+    svg += fmt::format(R"(<path class="dot {}" d="{}h0"/>)", colour, dots);
   }
   return svg;
 }
@@ -168,8 +168,8 @@ Frame draw_frame(const Range& x, const Range& y, const Chart& chart, const Axis&
   std::string svg = fmt::format(R"(<path class="grid" d="{}"/>)", lines);
   for (const Mark& mark : chart.marks) {
     if (mark.x > x.low && mark.x <= x.high) {
-      svg += fmt::format(R"(<path class="mark c{}" d="M{:.0f} 0v10000"/>)",
-                         mark.colour % kNumColours,
+      svg += fmt::format(R"(<path class="mark {}" d="M{:.0f} 0v10000"/>)",
+                         colour_class(mark.colour),
                          kExtent * x.place(mark.x));
     }
   }
@@ -206,9 +206,9 @@ std::string legend_of(const Chart& chart) {
     if (curve.name.empty()) {
       continue;
     }
-    items += fmt::format(R"(<span class="key {} c{}">{}</span>)",
+    items += fmt::format(R"(<span class="key {} {}">{}</span>)",
                          class_of(curve.kind),
-                         curve.colour % kNumColours,
+                         colour_class(curve.colour),
                          escape_html(curve.name));
   }
   return items;
@@ -259,6 +259,10 @@ std::string draw_chart(const Chart& chart, const Axis& axis, size_t columns) {
       escape_html(chart.title + " over " + axis.name),
       svg,
       frame.texts);
+}
+
+std::string colour_class(size_t colour) {
+  return fmt::format("c{}{}", colour % kNumColours, colour / kNumColours % 2 == 1 ? " broken" : "");
 }
 
 std::vector<double> linear_ticks(double low, double high, int wanted) {

@@ -17,7 +17,7 @@ enum class CurveKind {
 
 struct Curve {
   std::string name;   // empty: neither in the legend nor read under the pointer
-  size_t colour = 0;  // number of a colour of the style sheet, counted round
+  size_t colour = 0;  // as of colour_class()
   CurveKind kind = CurveKind::kLine;
   std::vector<double> x;  // rising
   std::vector<double> y;  // as many; what is not finite, or 1e150 and more, is a gap
@@ -55,6 +55,10 @@ struct Axis {
 // the greatest and the last value, so that a spike of one step in a million is seen. A chart
 // without a finite value is an empty text.
 std::string draw_chart(const Chart& chart, const Axis& axis, size_t columns);
+
+// The style sheet's classes for a colour of that number: of eight colours, and from the ninth on
+// the same with broken lines; after sixteen it begins anew.
+std::string colour_class(size_t colour);
 
 // Positions of ticks from `low` to `high` at 1, 2 or 5 times a power of ten, at most `wanted` + 1
 // of them.

@@ -39,6 +39,7 @@ figcaption { min-height: 24px; margin-bottom: 10px; }
 .key { display: inline-block; font-size: 13px; margin-right: 14px; overflow-wrap: anywhere; }
 .key::before { content: ""; display: inline-block; width: 16px; margin-right: 6px;
   border-top: 2.5px solid var(--c); vertical-align: middle; }
+.key.broken::before { border-top-style: dashed; }
 .key.faint::before { opacity: .4; }
 .key.dots::before { border-top: 0; width: 8px; height: 8px; border-radius: 4px; background: var(--c); }
 .plot { position: relative; height: 190px; margin: 0 8px 40px 50px; touch-action: pan-y; }
@@ -47,6 +48,7 @@ figcaption { min-height: 24px; margin-bottom: 10px; }
 .plot path { fill: none; stroke: var(--c); vector-effect: non-scaling-stroke; }
 .plot path.grid { stroke: var(--grid); stroke-width: 1; }
 .plot path.line { stroke-width: 1.8; stroke-linejoin: round; }
+.plot path.line.broken { stroke-dasharray: 7 3; }
 .plot path.faint { stroke-width: 1; opacity: .38; stroke-linejoin: round; }
 .plot path.dots { stroke-width: 1; stroke-dasharray: 2 3; }
 .plot path.dot { stroke-width: 7; stroke-linecap: round; }
