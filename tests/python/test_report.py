@@ -114,7 +114,7 @@ class Report(support.Folder):
         _, paths = self.charts(page)["Loss over step"]
         curves = {a["data-name"]: a["d"] for a in paths if "data-name" in a}
         points = [tuple(map(float, p))
-                  for p in re.findall(r"[ML](-?[\d.]+) (-?[\d.]+)", curves["each step"])]
+                  for p in re.findall(r"[ML](-?[\d.]+) (-?[\d.]+)", curves["logged steps"])]
         self.assertEqual(len(points), 100)
         self.assertTrue(all(0 <= x <= 10000 and 0 <= y <= 10000 for x, y in points))
         self.assertEqual(sorted(points), points)

@@ -137,7 +137,7 @@ class Charts {
     for (const RunRecord& run : runs_) {
       if (single) {
         chart.curves.push_back(curve(run, Metric::kLoss, 1));
-        chart.curves.back().name = "each step";
+        chart.curves.back().name = "logged steps";
         chart.curves.back().kind = CurveKind::kFaint;
       }
       chart.curves.push_back(curve(run, Metric::kSmoothedLoss, 1));
@@ -184,7 +184,7 @@ class Charts {
     }
     const Curve means = column_means(raw, kMeanColumns);
     raw.kind = CurveKind::kFaint;
-    raw.name = runs_.size() == 1 ? "each step" : "";
+    raw.name = runs_.size() == 1 ? "logged steps" : "";
     chart.curves.push_back(std::move(raw));
     chart.curves.push_back(means);
     if (runs_.size() == 1) {
