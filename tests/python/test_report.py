@@ -81,7 +81,7 @@ class Report(support.Folder):
                 paths.append(attributes)
         return charts
 
-    def in_browser(self, script):
+    def in_browser(self, script, width=500):
         """What a script returns at the end of the page, which has `figure`, the first chart, and
         `point`, which sends it an event of a pointer so many pixels right of its plot's left end."""
         browser = shutil.which("chromium") or shutil.which("google-chrome")
@@ -97,7 +97,7 @@ class Report(support.Folder):
             document.body.innerHTML = '<pre>' + JSON.stringify(result) + '</pre>';
             </script>""", encoding="utf-8")
         done = subprocess.run([browser, "--headless", "--no-sandbox", "--disable-gpu",
-                               f"--user-data-dir={self.folder / 'browser'}", "--window-size=500,900",
+                               f"--user-data-dir={self.folder / 'browser'}", f"--window-size={width},900",
                                "--dump-dom", page.as_uri()],
                               capture_output=True, timeout=120, check=True)
         return json.loads(re.search(r"<body><pre>(.*)</pre>", done.stdout.decode(), re.S)[1])
@@ -142,6 +142,14 @@ class Report(support.Folder):
         self.assertAlmostEqual(float(middle[1].split("  ")[1]) * step, 5, delta=0.01)
         self.assertEqual(middle[3], "validation  5.5  at step 1")
         self.assertEqual(last[0], "step 29,990 (7,677,440 tokens)")
+
+    def test_has_room_for_the_tokens_of_a_large_run(self):
+        self.report(write_run(self.folder / "run", tokens_per_step=99 * 10**9))
+        for width in range(500, 1300, 100):
+            too_wide = self.in_browser("""
+                return [...document.querySelectorAll('.tiles div')].filter(
+                  tile => tile.scrollWidth > tile.clientWidth).map(tile => tile.textContent);""", width)
+            self.assertEqual(too_wide, [], width)
 
     def test_keeps_the_reading_within_a_narrow_page(self):
         self.report(*(write_run(self.folder / f"{i} {'name ' * 30}") for i in range(2)))

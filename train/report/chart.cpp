@@ -158,7 +158,9 @@ struct Frame {
 };
 
 Frame draw_frame(const Range& x, const Range& y, const Chart& chart, const Axis& axis) {
-  const std::vector<double> x_ticks = linear_ticks(x.low, x.high, 7);
+  // Of steps there are no parts.
+  const int most_ticks = static_cast<int>(std::min(x.high - x.low, 7.0));
+  const std::vector<double> x_ticks = linear_ticks(x.low, x.high, most_ticks);
   const std::vector<double> y_ticks =
       y.log ? log_ticks(y.low, y.high, 6) : linear_ticks(y.low, y.high, 6);
   std::string lines;

@@ -23,7 +23,7 @@ h2 { font-size: 17px; margin: 36px 0 12px; }
 p { margin: 0 0 8px; }
 .quiet { color: var(--quiet); }
 .note { border-left: 3px solid var(--k1); padding: 2px 0 2px 10px; overflow-wrap: anywhere; }
-.tiles { display: grid; grid-template-columns: repeat(auto-fit, minmax(150px, 1fr)); 
+.tiles { display: grid; grid-template-columns: repeat(auto-fit, minmax(220px, 1fr));
   margin: 20px 0 0; background: var(--card); border: 1px solid var(--line); border-radius: 8px;
   overflow: hidden; }
 .tiles div { padding: 10px 14px; box-shadow: 1px 1px 0 var(--line); }
@@ -90,6 +90,7 @@ footer { margin-top: 40px; font-size: 13px; color: var(--quiet); }
   .plot .odd { display: none; }
   .chart.wide .plot { height: 240px; }
   .tiles { grid-template-columns: 1fr 1fr; }
+  .tiles dd { font-size: 16px; overflow-wrap: anywhere; }
   .facts th, .facts td { display: block; width: auto; padding: 2px 14px; }
   .facts td { border-top: 0; padding-bottom: 6px; }
 }

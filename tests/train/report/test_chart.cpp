@@ -1,3 +1,4 @@
+#include <algorithm>
 #include <cmath>
 #include <limits>
 
@@ -74,6 +75,14 @@ TEST(VisiblePoints, OfAShortCurveAreAll) {
 TEST(ColumnMeans, LeaveOutWhatIsNotThere) {
   const Curve means = column_means(chart_of({1, 3, kNan, 5, kNan, kNan}).curves[0], 3);
   EXPECT_THAT(means.y, ElementsAre(2, 5, testing::IsNan()));
+}
+
+TEST(DrawnChart, HasWholeNumbersAtItsXTicks) {
+  for (const size_t rows : {1, 2, 3, 6}) {
+    const std::string html = draw_chart(chart_of(std::vector<double>(rows, 1)), {}, 600);
+    EXPECT_THAT(html, HasSubstr("left:100.00%\">" + std::to_string(std::max<size_t>(rows - 1, 1))));
+    EXPECT_THAT(html, Not(testing::ContainsRegex("left:-?[0-9.]*%\">[0-9]*\\.")));
+  }
 }
 
 TEST(DrawnChart, RunsFromCornerToCorner) {
