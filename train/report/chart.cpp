@@ -347,12 +347,16 @@ std::vector<std::string> tick_texts(const std::vector<double>& ticks) {
 Curve column_means(const Curve& curve, size_t columns) {
   Curve means{
       .name = curve.name, .colour = curve.colour, .kind = CurveKind::kLine, .x = {}, .y = {}};
-  const size_t per_column = std::max(curve.x.size() / columns, size_t{1});
-  for (size_t begin = 0; begin < curve.x.size(); begin += per_column) {
+  const size_t rows = curve.x.size();
+  const size_t stretches = std::min(rows, columns);
+  for (size_t stretch = 0; stretch < stretches; ++stretch) {
+    // Evenly, so that no mean is of far fewer rows than its neighbours, and jumps.
+    const size_t begin = stretch * rows / stretches;
+    const size_t end = (stretch + 1) * rows / stretches;
     double x = 0;
     double y = 0;
     double number = 0;
-    for (size_t i = begin; i < std::min(begin + per_column, curve.x.size()); ++i) {
+    for (size_t i = begin; i < end; ++i) {
       if (is_shown(curve, i)) {
         x += curve.x[i];
         y += curve.y[i];

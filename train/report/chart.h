@@ -69,7 +69,8 @@ std::vector<double> log_ticks(double low, double high, int wanted);
 // The ticks' texts, all with the same decimals and unit of k, M, G, T: "1.5M", "2.0M".
 std::vector<std::string> tick_texts(const std::vector<double>& ticks);
 
-// The same curve as means of stretches of rows, about `columns` of them; of fewer rows, each.
+// The same curve as means of `columns` stretches of rows, each of as many rows, or one more; of
+// fewer rows, each row.
 Curve column_means(const Curve& curve, size_t columns);
 
 // Points of a line that are to be drawn, as indices: at most 4 a column and gap.

@@ -77,6 +77,20 @@ TEST(ColumnMeans, LeaveOutWhatIsNotThere) {
   EXPECT_THAT(means.y, ElementsAre(2, 5, testing::IsNan()));
 }
 
+TEST(ColumnMeans, AreOfEvenStretches) {
+  const Curve curve = chart_of(std::vector<double>(2001, 1)).curves[0];
+  const Curve means = column_means(curve, 120);
+  ASSERT_EQ(means.x.size(), 120U);
+  // x counts rows: 16 or 17 of them lie between one mean and the next, and half as many at the
+  // ends.
+  EXPECT_NEAR(means.x.front(), 7.5, 0.5);
+  EXPECT_NEAR(means.x.back(), 2000 - 7.5, 0.5);
+  for (size_t i = 1; i < means.x.size(); ++i) {
+    EXPECT_NEAR(means.x[i] - means.x[i - 1], 16.5, 0.5);
+  }
+  EXPECT_EQ(column_means(curve, 5000).x, curve.x);
+}
+
 TEST(DrawnChart, HasWholeNumbersAtItsXTicks) {
   for (const size_t rows : {1, 2, 3, 6}) {
     const std::string html = draw_chart(chart_of(std::vector<double>(rows, 1)), {}, 600);
