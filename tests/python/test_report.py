@@ -151,6 +151,19 @@ class Report(support.Folder):
                   tile => tile.scrollWidth > tile.clientWidth).map(tile => tile.textContent);""", width)
             self.assertEqual(too_wide, [], width)
 
+    def test_prints_no_label_of_an_axis_over_another(self):
+        for steps in (1, 2, 7, 1000):
+            self.report(write_run(self.folder / f"run{steps}", steps, tokens_per_step=123_456))
+            for width in (500, 1280):
+                over = self.in_browser("""
+                    return [...document.querySelectorAll('.plot')].flatMap(plot => {
+                      const labels = [...plot.querySelectorAll('.x, .axis')].map(
+                        label => label.getBoundingClientRect()).filter(box => box.width);
+                      labels.sort((a, b) => a.left - b.left);
+                      return labels.slice(1).map((b, i) => labels[i].right - b.left);
+                    }).filter(pixels => pixels > 0);""", width)
+                self.assertEqual(over, [], (steps, width))
+
     def test_keeps_the_reading_within_a_narrow_page(self):
         self.report(*(write_run(self.folder / f"{i} {'name ' * 30}") for i in range(2)))
         page, *tips = self.in_browser("""

@@ -22,6 +22,8 @@ constexpr double kPartsOfY = 10;
 // Below that a logarithmic axis shows no more than a linear one.
 constexpr double kLeastLogRatio = 5;
 constexpr size_t kNumColours = 8;
+// Up to there a text at an x tick, in the middle of it, would lie over the axis's name.
+constexpr double kBesideName = 0.04;
 // From there on differences and ratios may overflow: no more shown than infinity is.
 constexpr double kBeyond = 1e150;
 
@@ -187,9 +189,11 @@ Frame draw_frame(const Range& x, const Range& y, const Chart& chart, const Axis&
   }
   const std::vector<std::string> x_texts = tick_texts(x_ticks);
   for (size_t i = 0; i < x_ticks.size(); ++i) {
-    texts += fmt::format(R"(<span class="x{}" style="left:{:.2f}%">{}{}</span>)",
+    const double place = x.place(x_ticks[i]);
+    texts += fmt::format(R"(<span class="x{}{}" style="left:{:.2f}%">{}{}</span>)",
                          i % 2 == 1 ? " odd" : "",
-                         100 * x.place(x_ticks[i]),
+                         place < kBesideName ? " start" : "",
+                         100 * place,
                          x_texts[i],
                          second_text(axis, x_ticks[i]));
   }

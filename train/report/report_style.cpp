@@ -57,6 +57,7 @@ figcaption { min-height: 24px; margin-bottom: 10px; }
   white-space: nowrap; }
 .plot .y { right: calc(100% + 8px); transform: translateY(-50%); }
 .plot .x { top: calc(100% + 6px); transform: translateX(-50%); text-align: center; }
+.plot .x.start { transform: none; text-align: left; }
 .plot .x i { display: block; font-style: normal; opacity: .75; }
 .plot .axis { position: absolute; top: calc(100% + 6px); right: calc(100% + 8px); font-size: 12px;
   line-height: 15px; color: var(--quiet); text-align: right; }
