@@ -7,6 +7,7 @@
 #include <filesystem>
 #include <stdexcept>
 #include <string_view>
+#include <vector>
 
 #include <nlohmann/json.hpp>
 
@@ -47,6 +48,51 @@ std::string percent(double share) {
   return printf_text("%.0f%%", 100 * share);
 }
 
+// A part of the step line, with what separates it from the parts before.
+struct Field {
+  std::string text;
+  int turn;  // at which a line that is too wide goes without it
+};
+constexpr int kStays = 0;
+constexpr int kLastTurn = 7;
+
+// The turns are by need: what hardly changes or follows from the rest goes first.
+std::vector<Field> step_fields(const StepRecord& record) {
+  std::string step = with_thousands(record.step);
+  if (record.total_steps) {
+    const std::string total = with_thousands(*record.total_steps);
+    step = padded(step, total.size()) + "/" + total;
+  }
+  std::vector<Field> fields = {
+      {"step " + step, kStays},
+      {" | " + padded(format_count(record.tokens), 5) + " tokens", 1},
+      {" | loss " + printf_text("%.4f", record.loss), kStays},
+      {" (avg " + printf_text("%.4f", record.smoothed_loss) + ")", kLastTurn},
+      {" | lr " + printf_text("%.2e", record.lr), 4},
+      {" | grad " + printf_text("%.2f", record.grad_norm), 5},
+  };
+  if (record.tokens_per_s) {
+    fields.push_back(
+        {" | " + with_thousands(std::llround(*record.tokens_per_s)) + " tok/s", kStays});
+  }
+  if (record.mfu) {
+    fields.push_back({" | mfu " + percent(*record.mfu), 6});
+  }
+  if (record.data_wait) {
+    fields.push_back({" | data " + percent(*record.data_wait), 3});
+  }
+  if (record.memory_bytes) {
+    fields.push_back({" | " + format_bytes(*record.memory_bytes), 2});
+  }
+  if (record.seconds_left) {
+    fields.push_back({" | " + format_duration(*record.seconds_left) + " left", kStays});
+  }
+  if (record.validation_loss) {
+    fields.push_back({" | val " + printf_text("%.4f", *record.validation_loss), kStays});
+  }
+  return fields;
+}
+
 // The step of a line, or nothing if it is no object with one.
 std::optional<int64_t> step_of(std::string_view line) {
   const auto json = nlohmann::json::parse(line, nullptr, /*allow_exceptions=*/false);
@@ -80,6 +126,15 @@ std::string lines_up_to(const std::string& path, std::string_view text, int64_t 
     text.remove_prefix(end + 1);
   }
   return kept;
+}
+
+// The last of lines that each have their end, without it.
+std::string last_line(std::string_view lines) {
+  if (lines.empty()) {
+    return "";
+  }
+  lines.remove_suffix(1);
+  return std::string(lines.substr(lines.rfind('\n') + 1));
 }
 
 }  // namespace
@@ -122,56 +177,50 @@ std::string format_bytes(int64_t bytes) {
   return has_unit ? count.substr(0, count.size() - 1) + " " + count.back() + "B" : count + " B";
 }
 
-std::string format_step_line(const StepRecord& record) {
-  std::string line = "step " + with_thousands(record.step);
-  if (record.total_steps) {
-    const std::string total = with_thousands(*record.total_steps);
-    line = "step " + padded(with_thousands(record.step), total.size()) + "/" + total;
-  }
-  line += " | " + padded(format_count(record.tokens), 5) + " tokens | loss " +
-          printf_text("%.4f", record.loss) + " (avg " + printf_text("%.4f", record.smoothed_loss) +
-          ") | lr " + printf_text("%.2e", record.lr) + " | grad " +
-          printf_text("%.2f", record.grad_norm);
-  if (record.tokens_per_s) {
-    line += " | " + with_thousands(std::llround(*record.tokens_per_s)) + " tok/s";
-  }
-  if (record.mfu) {
-    line += " | mfu " + percent(*record.mfu);
-  }
-  if (record.data_wait) {
-    line += " | data " + percent(*record.data_wait);
-  }
-  if (record.memory_bytes) {
-    line += " | " + format_bytes(*record.memory_bytes);
-  }
-  if (record.seconds_left) {
-    line += " | " + format_duration(*record.seconds_left) + " left";
-  }
-  if (record.validation_loss) {
-    line += " | val " + printf_text("%.4f", *record.validation_loss);
+std::string format_step_line(const StepRecord& record, size_t width) {
+  const std::vector<Field> fields = step_fields(record);
+  std::string line;
+  for (int dropped = 0; dropped <= kLastTurn; ++dropped) {
+    line.clear();
+    for (const Field& field : fields) {
+      line += field.turn == kStays || field.turn > dropped ? field.text : "";
+    }
+    if (line.size() <= width) {
+      break;
+    }
   }
   return line;
 }
 
-ProgressMeter::ProgressMeter(int64_t tokens, double now_s) : marks_{{now_s, tokens, 0}} {}
+ProgressMeter::ProgressMeter(int64_t tokens, double now_s, std::optional<SmoothedLoss> before)
+    : marks_{{now_s, tokens, 0}} {
+  if (before) {
+    // The sum of as many weights as there were steps.
+    const double falling = std::pow(kLossDecay, static_cast<double>(before->step));
+    weight_ = (1 - falling) / (1 - kLossDecay);
+    weighted_loss_ = weight_ * before->value;
+  }
+}
 
 StepRecord ProgressMeter::finish_step(StepRecord record, double now_s, double waited_s) {
   // Divided by the sum of weights, so that the first steps are a mean and not pulled towards 0.
   weighted_loss_ = kLossDecay * weighted_loss_ + record.loss;
   weight_ = kLossDecay * weight_ + 1;
   record.smoothed_loss = weighted_loss_ / weight_;
+  ++num_steps_;
   marks_.push_back({now_s - excluded_s_, record.tokens, waited_s});
   if (marks_.size() > kSpeedWindow + 1) {
     marks_.pop_front();
   }
   const double elapsed_s = marks_.back().time_s - marks_.front().time_s;
   if (elapsed_s > 0) {
-    const double num_steps = static_cast<double>(marks_.size() - 1);
+    const double step_s = elapsed_s / static_cast<double>(marks_.size() - 1);
     record.tokens_per_s = static_cast<double>(record.tokens - marks_.front().tokens) / elapsed_s;
     record.data_wait = (waited_s - marks_.front().waited_s) / elapsed_s;
     if (record.total_steps) {
       const auto steps_left = static_cast<double>(*record.total_steps - record.step);
-      record.seconds_left = steps_left * elapsed_s / num_steps;
+      // Pauses may lie far apart, so that all of the run tells what one step has of them.
+      record.seconds_left = steps_left * (step_s + excluded_s_ / num_steps_);
     }
   }
   return record;
@@ -186,6 +235,7 @@ StepFile::StepFile(const std::string& path, int64_t resumed_step) : path_(path) 
       file.write(kept);
       file.commit();
     }
+    last_kept_line_ = last_line(kept);
   }
   file_.open(path, std::ios::binary | std::ios::app);
   if (!file_) {

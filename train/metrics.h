@@ -2,6 +2,7 @@
 // argument everywhere: nothing here reads a clock.
 #pragma once
 
+#include <cstddef>
 #include <cstdint>
 #include <deque>
 #include <fstream>
@@ -35,8 +36,10 @@ struct StepRecord {
 // One line without its end, in columns that stay put from step to step:
 //   step   120/4,000 | 3.07M tokens | loss 2.3456 (avg 2.4012) | lr 5.98e-04 | grad 0.81 |
 //   45,123 tok/s | mfu 62% | data 0% | 1.21 GB | 1h02m left
-// (one line); then " | val 2.2910" if there was a validation.
-std::string format_step_line(const StepRecord& record);
+// (one line); then " | val 2.2910" if there was a validation. Of a line of more than `width`
+// columns whole fields are left out, those needed least first: tokens, memory, data, lr, grad, mfu,
+// avg. The others stay, even if they do not fit.
+std::string format_step_line(const StepRecord& record, size_t width = std::string::npos);
 // "45s", "12m05s", "3h07m", "2d04h": two units, so that it is read at a glance. Rounded to seconds;
 // 0 or more.
 std::string format_duration(double seconds);
@@ -45,19 +48,27 @@ std::string format_count(int64_t count);
 // "999 B", "1.21 GB": the same, of bytes.
 std::string format_bytes(int64_t bytes);
 
-// Keeps what a line needs from the steps before it: a mean of the loss with exponentially falling
-// weights, and the times of the last steps. A resumed run starts both anew.
+// A mean of the losses up to a step, from the first one on, with exponentially falling weights.
+struct SmoothedLoss {
+  int64_t step = 0;
+  double value = 0;
+};
+
+// Keeps what a line needs from the steps before it: the smoothed loss, and the times of the last
+// steps. A resumed run starts the times anew.
 class ProgressMeter {
  public:
   // `now_s` is the time in seconds, from any fixed point, at which the first step begins;
-  // `tokens` those trained on before it.
-  ProgressMeter(int64_t tokens, double now_s);
+  // `tokens` those trained on before it, `before` where the smoothed loss goes on from: a resumed
+  // run that began it anew would show a jump that the loss did not make.
+  ProgressMeter(int64_t tokens, double now_s, std::optional<SmoothedLoss> before = {});
 
   // Call after every step, logged or not, with the step's own values in `record`; fills in what
   // follows from the steps before it. `now_s` is not below that of the call before, nor is
   // `waited_s`, the time so far spent waiting for data.
   StepRecord finish_step(StepRecord record, double now_s, double waited_s);
-  // Leaves time that was not training (a validation, a save) out of speed and time left.
+  // Leaves time after a step that was not training (a validation, a save) out of the speed. The
+  // time left counts on as much of it a step as there has been.
   void exclude_seconds(double seconds) { excluded_s_ += seconds; }
 
  private:
@@ -67,6 +78,7 @@ class ProgressMeter {
     double waited_s;
   };
 
+  double num_steps_ = 0;  // so far, those before a resume not included
   double excluded_s_ = 0;
   double weighted_loss_ = 0;
   double weight_ = 0;
@@ -85,9 +97,12 @@ class StepFile {
   // Appends an object in one line of JSON and hands it to the operating system. Throws
   // std::runtime_error with path and step if that fails.
   void append(int64_t step, const std::string& json);
+  // The last of the lines that were there already and were kept; empty if there was none.
+  const std::string& last_kept_line() const { return last_kept_line_; }
 
  private:
   std::string path_;
+  std::string last_kept_line_;
   std::ofstream file_;
 };
 

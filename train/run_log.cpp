@@ -1,6 +1,7 @@
 #include "train/run_log.h"
 
 #include <filesystem>
+#include <utility>
 
 #include <nlohmann/json.hpp>
 #include <spdlog/spdlog.h>
@@ -27,15 +28,33 @@ RunLog::RunLog(const RunConfig& config, int64_t resumed_step, double time)
   }
 }
 
+std::optional<SmoothedLoss> RunLog::smoothed_loss() const {
+  const auto row =
+      nlohmann::json::parse(metrics_.last_kept_line(), nullptr, /*allow_exceptions=*/false);
+  // A row of another release may lack it.
+  if (!row.is_object() || !row.contains("smoothed_loss") || !row["smoothed_loss"].is_number()) {
+    return std::nullopt;
+  }
+  return SmoothedLoss{.step = row.at("step"), .value = row.at("smoothed_loss")};
+}
+
 void RunLog::add_start(const std::string& json) {
   starts_.append(nlohmann::json::parse(json).at("step"), json);
 }
 
 void RunLog::show(const StepRecord& record) {
-  line_.draw(format_step_line(record));
+  line_.draw(format_step_line(record, line_.width()));
+  shown_ = record;
+}
+
+void RunLog::add_shown() {
+  if (shown_) {
+    add(*std::exchange(shown_, std::nullopt));
+  }
 }
 
 void RunLog::add(const StepRecord& record) {
+  shown_.reset();
   metrics_.append(record.step, to_json(record));
   say(format_step_line(record));
   if (!events_) {

@@ -20,12 +20,18 @@ class RunLog {
   // Throws std::runtime_error naming the file that cannot be read or written.
   RunLog(const RunConfig& config, int64_t resumed_step, double time);
 
+  // Where the smoothed loss had come to in the last row of metrics.jsonl that the run goes on from;
+  // nothing if there is none.
+  std::optional<SmoothedLoss> smoothed_loss() const;
   // A line for this start of the run: `json` is an object in one line, with a "step".
   void add_start(const std::string& json);
   // A step that was only done, and one to be remembered. Throws std::runtime_error if a file cannot
   // be written.
   void show(const StepRecord& record);
   void add(const StepRecord& record);
+  // Remembers the last step if it was only shown, so that a run that ends between two logged steps
+  // leaves where it came to. Nothing otherwise. Throws as add does.
+  void add_shown();
   void add_sample(const StepRecord& record, const std::string& prompt, const std::string& text);
   // A line of the log.
   void say(const std::string& text);
@@ -36,6 +42,7 @@ class RunLog {
   StepFile starts_;
   std::optional<EventWriter> events_;
   TerminalLine line_;
+  std::optional<StepRecord> shown_;  // the last step, if it was not remembered
 };
 
 }  // namespace rwkv

@@ -8,21 +8,20 @@ namespace {
 
 constexpr const char* kEraseLine = "\r\x1b[2K";
 
-size_t width_of(int file) {
-  winsize size = {};
-  return ioctl(file, TIOCGWINSZ, &size) == 0 && size.ws_col > 0 ? size.ws_col : 80;
-}
-
 }  // namespace
 
 TerminalLine::TerminalLine(int file) : file_(file), is_terminal_(isatty(file) == 1) {}
+
+size_t TerminalLine::width() const {
+  winsize size = {};
+  return (ioctl(file_, TIOCGWINSZ, &size) == 0 && size.ws_col > 0 ? size.ws_col : 80) - 1;
+}
 
 void TerminalLine::draw(const std::string& text) {
   if (!is_terminal_) {
     return;
   }
-  // In the last column a terminal may already go to the next line.
-  write(kEraseLine + text.substr(0, width_of(file_) - 1));
+  write(kEraseLine + text.substr(0, width()));
   drawn_ = true;
 }
 

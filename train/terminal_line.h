@@ -2,6 +2,7 @@
 // at all where the log goes to a file.
 #pragma once
 
+#include <cstddef>
 #include <string>
 
 namespace rwkv {
@@ -14,7 +15,10 @@ class TerminalLine {
   TerminalLine(const TerminalLine&) = delete;
   TerminalLine& operator=(const TerminalLine&) = delete;
 
-  // Replaces the line by `text`, cut to the terminal's width.
+  // Columns that a line may have: one less than the terminal, which may go to the next line in its
+  // last one.
+  size_t width() const;
+  // Replaces the line by `text`, cut to that width.
   void draw(const std::string& text);
   // Takes the line away: call before anything else is written to the terminal.
   void clear();

@@ -289,7 +289,7 @@ RunEnd Trainer::run() {
   write_start(log);
   started_s_ = saved_s_ = now_seconds();
   elapsed_before_s_ = state_.elapsed_s;
-  ProgressMeter meter(state_.tokens, started_s_);
+  ProgressMeter meter(state_.tokens, started_s_, log.smoothed_loss());
   std::optional<RunEnd> ended;
   while (!ended) {
     const auto result = step();

@@ -7,8 +7,10 @@ import json
 import os
 import pathlib
 import pty
+import re
 import signal
 import subprocess
+import termios
 import time
 import unittest
 
@@ -108,7 +110,7 @@ class Stops(Life):
         self.assertEqual(self.last_step(), 5)
 
     def test_it_goes_on_bit_for_bit_after_a_signal(self):
-        whole = self.configure("whole", total_steps=2000, log_every_steps=100)
+        whole = self.configure("whole", total_steps=2000, log_every_steps=1)
         self.assertEqual(self.train("whole").returncode, 0)
         stopped = self.configure("stopped", total_steps=2000, log_every_steps=1)
         process = self.start("stopped")
@@ -120,6 +122,10 @@ class Stops(Life):
         contents = [support.read_safetensors(run / "checkpoints/step_00002000/model.safetensors")
                     for run in (whole, stopped)]
         self.assertTrue(contents[0] == contents[1])
+        smoothed = [[row["smoothed_loss"] for row in support.metrics(run)]
+                    for run in (whole, stopped)]
+        self.assertEqual(len(smoothed[1]), 2000)
+        self.assertLess(max(abs(x - y) for x, y in zip(*smoothed)), 1e-9)
 
     def test_a_second_sigint_ends_it_at_once(self):
         # One step takes minutes: the first signal waits for the end of a micro-batch.
@@ -502,10 +508,11 @@ class GoesWrong(Life):
 
 
 class Terminal(Life):
-    def test_redraws_one_line_for_the_steps_between(self):
-        self.configure(total_steps=30, log_every_steps=10)
+    def watch(self, name, columns):
+        """What a run writes on a terminal of so many columns."""
         ours, theirs = pty.openpty()
-        process = subprocess.Popen(support.command_line("train", "--config", "run.toml"),
+        termios.tcsetwinsize(theirs, (24, columns))
+        process = subprocess.Popen(support.command_line("train", "--config", f"{name}.toml"),
                                    cwd=self.folder, env=support.environment(),
                                    stdout=subprocess.DEVNULL, stderr=theirs)
         os.close(theirs)
@@ -520,6 +527,11 @@ class Terminal(Life):
             seen += part
         self.assertEqual(process.wait(), 0)
         os.close(ours)
+        return seen
+
+    def test_redraws_one_line_for_the_steps_between(self):
+        self.configure(total_steps=30, log_every_steps=10)
+        seen = self.watch("run", 80)
         self.assertIn(b"\r\x1b[2Kstep  2/30 | ", seen)
         self.assertIn(b"\r\x1b[2Kstep 29/30 | ", seen)
         plain = support.run("train", "--config", "run.toml", "--set", "train.run_dir=again",
@@ -527,6 +539,20 @@ class Terminal(Life):
         self.assertNotIn(b"\x1b[2K", plain)
         self.assertNotIn(b"step 29/30", plain)
         self.assertIn(b"step 30/30", plain)
+
+    def test_draws_the_fields_that_the_terminal_has_columns_for(self):
+        for columns, shown, left_out in ((200, (b"tokens", b"lr", b"left"), ()),
+                                         (80, (b"loss", b"tok/s", b"left"), (b"tokens", b"lr")),
+                                         (60, (b"loss", b"tok/s", b"left"), (b"tokens", b"mfu"))):
+            with self.subTest(columns=columns):
+                self.configure(f"wide{columns}", total_steps=30, log_every_steps=30)
+                seen = self.watch(f"wide{columns}", columns)
+                line = re.search(rb"\x1b\[2K(step 20/30[^\r]*)", seen)[1]
+                self.assertLess(len(line), columns)
+                for field in shown:
+                    self.assertIn(field, line)
+                for field in left_out:
+                    self.assertNotIn(field, line)
 
 
 if __name__ == "__main__":

@@ -70,6 +70,37 @@ TEST(StepLine, GrowsWithLargeNumbers) {
               AllOf(StartsWith("step 1,234,567/1,234,567 |"), HasSubstr("| 1,000,000 tok/s |")));
 }
 
+TEST(StepLine, LeavesOutWholeFieldsWhereItIsNarrow) {
+  const StepRecord record = sample_record();
+  const std::string whole = format_step_line(record);
+  EXPECT_EQ(format_step_line(record, whole.size()), whole);
+  // What a narrower line does without, one after the other.
+  std::string line = whole;
+  for (const std::string field : {" | 3.07M tokens",
+                                  " | 1.21 GB",
+                                  " | data 0%",
+                                  " | lr 5.98e-04",
+                                  " | grad 0.81",
+                                  " | mfu 62%",
+                                  " (avg 2.4012)"}) {
+    const size_t wider = line.size();
+    ASSERT_NE(line.find(field), line.npos) << field;
+    line.erase(line.find(field), field.size());
+    EXPECT_EQ(format_step_line(record, wider - 1), line);
+  }
+  EXPECT_EQ(line, "step   120/4,000 | loss 2.3456 | 45,123 tok/s | 1h02m left");
+  EXPECT_EQ(format_step_line(record, 10), line) << "the rest stays";
+}
+
+TEST(StepLine, OfAShortRunHasTheMostNeededIn80Columns) {
+  StepRecord record = sample_record();
+  record.step = 400;
+  record.total_steps = 800;
+  record.seconds_left = 42;
+  EXPECT_EQ(format_step_line(record, 79),
+            "step 400/800 | loss 2.3456 (avg 2.4012) | 45,123 tok/s | mfu 62% | 42s left");
+}
+
 TEST(Duration, HasTwoUnits) {
   EXPECT_EQ(format_duration(0), "0s");
   EXPECT_EQ(format_duration(59.4), "59s");
@@ -149,13 +180,29 @@ TEST(ProgressMeter, CountsOnlyItsOwnTokensAfterAResume) {
   EXPECT_DOUBLE_EQ(*record.seconds_left, 49.0);
 }
 
-TEST(ProgressMeter, LeavesExcludedTimeOut) {
+TEST(ProgressMeter, LeavesPausesOutOfTheSpeedAndInTheTimeLeft) {
   ProgressMeter meter(0, 0.0);
   meter.finish_step(after(1, 64, 1), 1.0, 0);
   meter.exclude_seconds(60.0);
   const StepRecord record = meter.finish_step(after(2, 128, 1), 62.0, 0);
   EXPECT_DOUBLE_EQ(*record.tokens_per_s, 64.0);
-  EXPECT_DOUBLE_EQ(*record.seconds_left, 8.0);
+  EXPECT_DOUBLE_EQ(*record.seconds_left, 8 * (1.0 + 60.0 / 2));
+}
+
+TEST(ProgressMeter, CountsOnPausesThatLieFurtherApartThanItMeasuresTheSpeed) {
+  ProgressMeter meter(0, 0.0);
+  double now_s = 0;
+  StepRecord record;
+  for (int64_t step = 1; step <= 150; ++step) {
+    now_s += 1;
+    record = meter.finish_step(after(step, step * 64, 1, 1000), now_s, 0);
+    if (step % 75 == 0) {
+      meter.exclude_seconds(30.0);
+      now_s += 30;
+    }
+  }
+  EXPECT_DOUBLE_EQ(*record.tokens_per_s, 64.0);
+  EXPECT_DOUBLE_EQ(*record.seconds_left, 850 * (1.0 + 30.0 / 150));
 }
 
 TEST(ProgressMeter, KnowsNoSpeedBeforeTimeHasPassed) {
@@ -175,6 +222,24 @@ TEST(ProgressMeter, SmoothsTheLossWithoutPullingItTowardsZero) {
     record = meter.finish_step(after(step, step, 1.0, 1000), static_cast<double>(step), 0);
   }
   EXPECT_NEAR(record.smoothed_loss, 1.0, 1e-6);
+}
+
+TEST(ProgressMeter, GoesOnFromASmoothedLossAsIfItHadNotBeenInterrupted) {
+  const auto loss_at = [](int64_t step) { return 2.0 + 1.0 / static_cast<double>(step); };
+  for (const int64_t resumed : {1, 7, 400}) {
+    ProgressMeter whole(0, 0.0);
+    double smoothed = 0;
+    for (int64_t step = 1; step <= resumed; ++step) {
+      smoothed = whole.finish_step(after(step, step, loss_at(step)), 0, 0).smoothed_loss;
+    }
+    ProgressMeter meter(resumed, 0.0, SmoothedLoss{.step = resumed, .value = smoothed});
+    for (int64_t step = resumed + 1; step <= resumed + 3; ++step) {
+      const StepRecord record = after(step, step, loss_at(step));
+      EXPECT_NEAR(meter.finish_step(record, 0, 0).smoothed_loss,
+                  whole.finish_step(record, 0, 0).smoothed_loss,
+                  1e-12);
+    }
+  }
 }
 
 StepRecord record_of(int64_t step) {
@@ -217,6 +282,16 @@ TEST(StepFile, HoldsEachStepOnceAfterAResume) {
   write_steps(0, 5);
   EXPECT_EQ(test::read_file(path), uninterrupted);
   EXPECT_THAT(folder.files(), ElementsAre("metrics.jsonl"));
+}
+
+TEST(StepFile, HasTheLastLineThatItKept) {
+  const test::TempFolder folder;
+  const std::string path = folder.path("metrics.jsonl");
+  EXPECT_EQ(StepFile(path, 9).last_kept_line(), "");
+  test::write_file(path, "{\"step\":1}\n{\"step\":2}\n{\"step\":3}\n{\"step\":4");
+  EXPECT_EQ(StepFile(path, 2).last_kept_line(), "{\"step\":2}");
+  EXPECT_EQ(StepFile(path, 1).last_kept_line(), "{\"step\":1}");
+  EXPECT_EQ(StepFile(path, 0).last_kept_line(), "");
 }
 
 TEST(StepFile, DropsALastLineThatWasCut) {

@@ -32,6 +32,7 @@ int report_command(int argc, char** argv) {
       std::cerr << note << '\n';
     }
   }
+  tell_apart(runs);
   const std::string page = make_report(runs);
   AtomicFile file((*parsed)["output"].as<std::string>());
   file.write(page);

@@ -14,11 +14,16 @@
 namespace rwkv {
 namespace {
 
-// Coordinates of the SVG's own: fine enough that four digits of a value can be read back.
+// Coordinates of the SVG's own, and the parts of one that points are rounded to: fine enough that
+// the steps of a run of a million, and four digits of a value, can be read back.
 constexpr double kExtent = 10000;
+constexpr double kPartsOfX = 1000;
+constexpr double kPartsOfY = 10;
 // Below that a logarithmic axis shows no more than a linear one.
 constexpr double kLeastLogRatio = 5;
 constexpr size_t kNumColours = 8;
+// Up to there a text at an x tick, in the middle of it, would lie over the axis's name.
+constexpr double kBesideName = 0.04;
 // From there on differences and ratios may overflow: no more shown than infinity is.
 constexpr double kBeyond = 1e150;
 
@@ -102,10 +107,10 @@ std::string path_of(const Curve& curve, const Range& x, const Range& y, size_t c
     for (size_t j = previous; pen_down && curve.kind != CurveKind::kDots && j < i; ++j) {
       pen_down = is_shown(curve, j);
     }
-    path += fmt::format("{}{:.0f} {:.0f}",
+    path += fmt::format("{}{} {}",
                         pen_down ? 'L' : 'M',
-                        kExtent * x.place(curve.x[i]),
-                        kExtent * (1 - y.place(curve.y[i])));
+                        std::round(kExtent * x.place(curve.x[i]) * kPartsOfX) / kPartsOfX,
+                        std::round(kExtent * (1 - y.place(curve.y[i])) * kPartsOfY) / kPartsOfY);
     pen_down = true;
     previous = i;
   }
@@ -125,18 +130,18 @@ std::string_view class_of(CurveKind kind) {
 
 std::string draw_curve(const Curve& curve, const Range& x, const Range& y, size_t columns) {
   const std::string path = path_of(curve, x, y, columns);
-  const size_t colour = curve.colour % kNumColours;
+  const std::string colour = colour_class(curve.colour);
   const std::string name =
       curve.name.empty() ? "" : " data-name=\"" + escape_html(curve.name) + "\"";
   std::string svg =
-      fmt::format(R"(<path class="{} c{}"{} d="{}"/>)", class_of(curve.kind), colour, name, path);
+      fmt::format(R"(<path class="{} {}"{} d="{}"/>)", class_of(curve.kind), colour, name, path);
   // A line of no length with round ends is a dot that stays round however the picture is stretched.
   if (curve.kind == CurveKind::kDots || path.find('L') == path.npos) {
     std::string dots;
     for (const char c : path) {
       dots += c == 'L' ? "h0M" : std::string(1, c);
     }
-    svg += fmt::format(R"(<path class="dot c{}" d="{}h0"/>)", colour, dots);
+    svg += fmt::format(R"(<path class="dot {}" d="{}h0"/>)", colour, dots);
   }
   return svg;
 }
@@ -155,7 +160,9 @@ struct Frame {
 };
 
 Frame draw_frame(const Range& x, const Range& y, const Chart& chart, const Axis& axis) {
-  const std::vector<double> x_ticks = linear_ticks(x.low, x.high, 7);
+  // Of steps there are no parts.
+  const int most_ticks = static_cast<int>(std::min(x.high - x.low, 7.0));
+  const std::vector<double> x_ticks = linear_ticks(x.low, x.high, most_ticks);
   const std::vector<double> y_ticks =
       y.log ? log_ticks(y.low, y.high, 6) : linear_ticks(y.low, y.high, 6);
   std::string lines;
@@ -165,8 +172,8 @@ Frame draw_frame(const Range& x, const Range& y, const Chart& chart, const Axis&
   std::string svg = fmt::format(R"(<path class="grid" d="{}"/>)", lines);
   for (const Mark& mark : chart.marks) {
     if (mark.x > x.low && mark.x <= x.high) {
-      svg += fmt::format(R"(<path class="mark c{}" d="M{:.0f} 0v10000"/>)",
-                         mark.colour % kNumColours,
+      svg += fmt::format(R"(<path class="mark {}" d="M{:.0f} 0v10000"/>)",
+                         colour_class(mark.colour),
                          kExtent * x.place(mark.x));
     }
   }
@@ -182,9 +189,11 @@ Frame draw_frame(const Range& x, const Range& y, const Chart& chart, const Axis&
   }
   const std::vector<std::string> x_texts = tick_texts(x_ticks);
   for (size_t i = 0; i < x_ticks.size(); ++i) {
-    texts += fmt::format(R"(<span class="x{}" style="left:{:.2f}%">{}{}</span>)",
+    const double place = x.place(x_ticks[i]);
+    texts += fmt::format(R"(<span class="x{}{}" style="left:{:.2f}%">{}{}</span>)",
                          i % 2 == 1 ? " odd" : "",
-                         100 * x.place(x_ticks[i]),
+                         place < kBesideName ? " start" : "",
+                         100 * place,
                          x_texts[i],
                          second_text(axis, x_ticks[i]));
   }
@@ -203,9 +212,9 @@ std::string legend_of(const Chart& chart) {
     if (curve.name.empty()) {
       continue;
     }
-    items += fmt::format(R"(<span class="key {} c{}">{}</span>)",
+    items += fmt::format(R"(<span class="key {} {}">{}</span>)",
                          class_of(curve.kind),
-                         curve.colour % kNumColours,
+                         colour_class(curve.colour),
                          escape_html(curve.name));
   }
   return items;
@@ -233,13 +242,14 @@ std::string draw_chart(const Chart& chart, const Axis& axis, size_t columns) {
     svg += draw_curve(curve, x, y, columns);
   }
   return fmt::format(
-      "<figure class=\"chart\"><figcaption><b>{}</b> <span "
+      "<figure class=\"chart{}\"><figcaption><b>{}</b> <span "
       "class=\"unit\">{}{}</span>{}</figcaption>"
       "<div class=\"plot\" data-x0=\"{}\" data-x1=\"{}\" data-y0=\"{}\" data-y1=\"{}\" "
       "data-log=\"{}\" "
       "data-x=\"{}\" data-second=\"{}\" data-ratio=\"{}\">"
       "<svg viewBox=\"0 0 10000 10000\" preserveAspectRatio=\"none\" role=\"img\" "
       "aria-label=\"{}\">{}</svg>{}</div></figure>\n",
+      chart.wide ? " wide" : "",
       escape_html(chart.title),
       escape_html(chart.unit),
       y.log ? ", logarithmic" : "",
@@ -255,6 +265,10 @@ std::string draw_chart(const Chart& chart, const Axis& axis, size_t columns) {
       escape_html(chart.title + " over " + axis.name),
       svg,
       frame.texts);
+}
+
+std::string colour_class(size_t colour) {
+  return fmt::format("c{}{}", colour % kNumColours, colour / kNumColours % 2 == 1 ? " broken" : "");
 }
 
 std::vector<double> linear_ticks(double low, double high, int wanted) {
@@ -337,12 +351,16 @@ std::vector<std::string> tick_texts(const std::vector<double>& ticks) {
 Curve column_means(const Curve& curve, size_t columns) {
   Curve means{
       .name = curve.name, .colour = curve.colour, .kind = CurveKind::kLine, .x = {}, .y = {}};
-  const size_t per_column = std::max(curve.x.size() / columns, size_t{1});
-  for (size_t begin = 0; begin < curve.x.size(); begin += per_column) {
+  const size_t rows = curve.x.size();
+  const size_t stretches = std::min(rows, columns);
+  for (size_t stretch = 0; stretch < stretches; ++stretch) {
+    // Evenly, so that no mean is of far fewer rows than its neighbours, and jumps.
+    const size_t begin = stretch * rows / stretches;
+    const size_t end = (stretch + 1) * rows / stretches;
     double x = 0;
     double y = 0;
     double number = 0;
-    for (size_t i = begin; i < std::min(begin + per_column, curve.x.size()); ++i) {
+    for (size_t i = begin; i < end; ++i) {
       if (is_shown(curve, i)) {
         x += curve.x[i];
         y += curve.y[i];

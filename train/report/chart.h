@@ -17,7 +17,7 @@ enum class CurveKind {
 
 struct Curve {
   std::string name;   // empty: neither in the legend nor read under the pointer
-  size_t colour = 0;  // number of a colour of the style sheet, counted round
+  size_t colour = 0;  // as of colour_class()
   CurveKind kind = CurveKind::kLine;
   std::vector<double> x;  // rising
   std::vector<double> y;  // as many; what is not finite, or 1e150 and more, is a gap
@@ -39,6 +39,7 @@ struct Chart {
   std::string title;
   std::string unit;
   Scale scale = Scale::kLinear;
+  bool wide = false;  // as wide as the page
   std::vector<Curve> curves;
   std::vector<Mark> marks;
 };
@@ -55,6 +56,10 @@ struct Axis {
 // without a finite value is an empty text.
 std::string draw_chart(const Chart& chart, const Axis& axis, size_t columns);
 
+// The style sheet's classes for a colour of that number: of eight colours, and from the ninth on
+// the same with broken lines; after sixteen it begins anew.
+std::string colour_class(size_t colour);
+
 // Positions of ticks from `low` to `high` at 1, 2 or 5 times a power of ten, at most `wanted` + 1
 // of them.
 std::vector<double> linear_ticks(double low, double high, int wanted);
@@ -64,7 +69,8 @@ std::vector<double> log_ticks(double low, double high, int wanted);
 // The ticks' texts, all with the same decimals and unit of k, M, G, T: "1.5M", "2.0M".
 std::vector<std::string> tick_texts(const std::vector<double>& ticks);
 
-// The same curve as means of stretches of rows, about `columns` of them; of fewer rows, each.
+// The same curve as means of `columns` stretches of rows, each of as many rows, or one more; of
+// fewer rows, each row.
 Curve column_means(const Curve& curve, size_t columns);
 
 // Points of a line that are to be drawn, as indices: at most 4 a column and gap.

@@ -2,6 +2,7 @@
 
 #include <algorithm>
 #include <cmath>
+#include <limits>
 #include <utility>
 #include <vector>
 
@@ -16,6 +17,9 @@ constexpr size_t kChartColumns = 600;
 constexpr size_t kColumnsOfAllRuns = 2400;
 // Beyond that many rows a noisy line is drawn faint, and means of it on top.
 constexpr size_t kMeanColumns = 120;
+
+// The second half of a run is drawn apart if it has that many rows; of fewer the whole shows each.
+constexpr size_t kLeastRowsOfHalf = 10;
 
 constexpr size_t kValidationColour = 1;
 constexpr size_t kRestartColour = 6;
@@ -46,6 +50,39 @@ double common_tokens_per_step(std::span<const RunRecord> runs) {
   return common;
 }
 
+// What lies right of the middle: the fall at the start of a run leaves no room to see what tells
+// runs apart later. Without curves if that is too little.
+Chart second_half(Chart chart) {
+  double first = std::numeric_limits<double>::infinity();
+  double last = -first;
+  for (const Curve& curve : chart.curves) {
+    for (const double x : curve.x) {
+      first = std::min(first, x);
+      last = std::max(last, x);
+    }
+  }
+  const double middle = (first + last) / 2;
+  size_t most_rows = 0;
+  for (Curve& curve : chart.curves) {
+    std::vector<double> x;
+    std::vector<double> y;
+    for (size_t i = 0; i < curve.x.size(); ++i) {
+      if (curve.x[i] >= middle) {
+        x.push_back(curve.x[i]);
+        y.push_back(curve.y[i]);
+      }
+    }
+    most_rows = std::max(most_rows, x.size());
+    curve.x = std::move(x);
+    curve.y = std::move(y);
+  }
+  std::erase_if(chart.curves, [&](const Curve& curve) {
+    return most_rows < kLeastRowsOfHalf || curve.x.empty();
+  });
+  chart.title += ", second half";
+  return chart;
+}
+
 class Charts {
  public:
   explicit Charts(std::span<const RunRecord> runs) : runs_(runs) {
@@ -60,7 +97,9 @@ class Charts {
   }
 
   std::string draw() {
-    std::string html = draw_loss();
+    const Chart loss = loss_chart();
+    std::string html =
+        draw_chart(loss, axis_, columns_) + draw_chart(second_half(loss), axis_, columns_);
     html += draw_metric("Learning rate", "", Metric::kLr, Scale::kFromZero, 1);
     html += draw_metric("Gradient norm", "before clipping", Metric::kGradNorm, Scale::kLog, 1);
     html += draw_metric("Speed", "tokens/s", Metric::kTokensPerS, Scale::kFromZero, 1);
@@ -87,14 +126,18 @@ class Charts {
     return curve;
   }
 
-  std::string draw_loss() const {
-    Chart chart{
-        .title = "Loss", .unit = "nats a token", .scale = Scale::kLog, .curves = {}, .marks = {}};
+  Chart loss_chart() const {
     const bool single = runs_.size() == 1;
+    Chart chart{.title = "Loss",
+                .unit = single ? "nats a token" : "nats a token, smoothed",
+                .scale = Scale::kLog,
+                .wide = true,
+                .curves = {},
+                .marks = marks()};
     for (const RunRecord& run : runs_) {
       if (single) {
         chart.curves.push_back(curve(run, Metric::kLoss, 1));
-        chart.curves.back().name = "each step";
+        chart.curves.back().name = "logged steps";
         chart.curves.back().kind = CurveKind::kFaint;
       }
       chart.curves.push_back(curve(run, Metric::kSmoothedLoss, 1));
@@ -110,13 +153,17 @@ class Charts {
       validation.kind = CurveKind::kDots;
       chart.curves.push_back(std::move(validation));
     }
-    chart.marks = marks();
-    return draw_chart(chart, axis_, columns_);
+    return chart;
   }
 
   std::string draw_metric(
       const char* title, const char* unit, Metric metric, Scale scale, double factor) const {
-    Chart chart{.title = title, .unit = unit, .scale = scale, .curves = {}, .marks = marks()};
+    Chart chart{.title = title,
+                .unit = unit,
+                .scale = scale,
+                .wide = false,
+                .curves = {},
+                .marks = marks()};
     for (const RunRecord& run : runs_) {
       Curve raw = curve(run, metric, factor);
       raw.name = runs_.size() == 1 ? title : run.name;
@@ -137,7 +184,7 @@ class Charts {
     }
     const Curve means = column_means(raw, kMeanColumns);
     raw.kind = CurveKind::kFaint;
-    raw.name = runs_.size() == 1 ? "each step" : "";
+    raw.name = runs_.size() == 1 ? "logged steps" : "";
     chart.curves.push_back(std::move(raw));
     chart.curves.push_back(means);
     if (runs_.size() == 1) {

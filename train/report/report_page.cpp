@@ -127,8 +127,10 @@ std::string draw_tiles(const RunRecord& run) {
 std::string head_of_runs(std::span<const RunRecord> runs, const char* corner, const char* column) {
   std::string html = fmt::format("<div class=\"scroll\"><table><thead><tr><th>{}</th>", corner);
   for (size_t i = 0; i < runs.size(); ++i) {
-    html += fmt::format(
-        "<th{}><span class=\"key c{}\">{}</span></th>", column, i % 8, escape_html(runs[i].name));
+    html += fmt::format("<th{}><span class=\"key {}\">{}</span></th>",
+                        column,
+                        colour_class(i),
+                        escape_html(runs[i].name));
   }
   return html + "</tr></thead><tbody>";
 }

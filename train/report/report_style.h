@@ -6,8 +6,8 @@
 
 namespace rwkv {
 
-// Eight colours, c0 .. c7, that stay apart for the colour-blind (after Okabe and Ito,
-// jfly.uni-koeln.de/color), each lighter on a dark page.
+// Eight colours, c0 .. c7 (and "broken" for lines of the same colours again), that stay apart for
+// the colour-blind (after Okabe and Ito, jfly.uni-koeln.de/color), each lighter on a dark page.
 extern const std::string_view kReportStyle;
 extern const std::string_view kReportScript;
 

@@ -5,6 +5,7 @@
 #include <filesystem>
 #include <functional>
 #include <limits>
+#include <map>
 #include <stdexcept>
 
 #include <nlohmann/json.hpp>
@@ -194,6 +195,16 @@ RunRecord read_run(const std::string& folder) {
     }
   }
   return record;
+}
+
+void tell_apart(std::span<RunRecord> runs) {
+  std::map<std::string, int> times;
+  for (const RunRecord& run : runs) {
+    ++times[run.name];
+  }
+  for (RunRecord& run : runs) {
+    run.name = times[run.name] > 1 ? run.folder : run.name;
+  }
 }
 
 std::string_view find(const TextTable& table, std::string_view name) {

@@ -68,7 +68,7 @@ struct RunStart {
 
 struct RunRecord {
   std::string folder;
-  std::string name;  // last part of the folder's path
+  std::string name;  // last part of the folder's path, unless tell_apart() changes it
   MetricsTable metrics;
   std::vector<RunSample> samples;
   std::vector<RunStart> starts;
@@ -81,6 +81,9 @@ struct RunRecord {
 // missing; a broken line is left out and noted, a last one that is being written left out. Throws
 // std::runtime_error naming the file if there is no metrics.jsonl, or if a file cannot be read.
 RunRecord read_run(const std::string& folder);
+
+// Names runs whose names are the same by their folders as given.
+void tell_apart(std::span<RunRecord> runs);
 
 // The value of a key, or an empty text.
 std::string_view find(const TextTable& table, std::string_view name);

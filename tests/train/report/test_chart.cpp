@@ -1,3 +1,4 @@
+#include <algorithm>
 #include <cmath>
 #include <limits>
 
@@ -24,7 +25,12 @@ Chart chart_of(std::vector<double> y, Scale scale = Scale::kLinear) {
   for (size_t i = 0; i < curve.y.size(); ++i) {
     curve.x.push_back(static_cast<double>(i));
   }
-  return {.title = "Loss", .unit = "nats", .scale = scale, .curves = {curve}, .marks = {}};
+  return {.title = "Loss",
+          .unit = "nats",
+          .scale = scale,
+          .wide = false,
+          .curves = {curve},
+          .marks = {}};
 }
 
 TEST(Ticks, AreRound) {
@@ -71,21 +77,44 @@ TEST(ColumnMeans, LeaveOutWhatIsNotThere) {
   EXPECT_THAT(means.y, ElementsAre(2, 5, testing::IsNan()));
 }
 
+TEST(ColumnMeans, AreOfEvenStretches) {
+  const Curve curve = chart_of(std::vector<double>(2001, 1)).curves[0];
+  const Curve means = column_means(curve, 120);
+  ASSERT_EQ(means.x.size(), 120U);
+  // x counts rows: 16 or 17 of them lie between one mean and the next, and half as many at the
+  // ends.
+  EXPECT_NEAR(means.x.front(), 7.5, 0.5);
+  EXPECT_NEAR(means.x.back(), 2000 - 7.5, 0.5);
+  for (size_t i = 1; i < means.x.size(); ++i) {
+    EXPECT_NEAR(means.x[i] - means.x[i - 1], 16.5, 0.5);
+  }
+  EXPECT_EQ(column_means(curve, 5000).x, curve.x);
+}
+
+TEST(DrawnChart, HasWholeNumbersAtItsXTicks) {
+  for (const size_t rows : {1, 2, 3, 6}) {
+    const std::string html = draw_chart(chart_of(std::vector<double>(rows, 1)), {}, 600);
+    EXPECT_THAT(html, HasSubstr("left:100.00%\">" + std::to_string(std::max<size_t>(rows - 1, 1))));
+    EXPECT_THAT(html, Not(testing::ContainsRegex("left:-?[0-9.]*%\">[0-9]*\\.")));
+  }
+}
+
 TEST(DrawnChart, RunsFromCornerToCorner) {
   // 4 % above and below, and y counts from the top.
-  EXPECT_THAT(draw_chart(chart_of({1, 2}), {}, 600), HasSubstr("d=\"M0 9630L10000 370\""));
+  EXPECT_THAT(draw_chart(chart_of({1, 2}), {}, 600), HasSubstr("d=\"M0 9629.6L10000 370.4\""));
 }
 
 TEST(DrawnChart, BreaksALineWhereAValueIsMissing) {
   const std::string html = draw_chart(chart_of({1, 1, kNan, 2, 2}), {}, 600);
-  EXPECT_THAT(html, HasSubstr("d=\"M0 9630L2500 9630M7500 370L10000 370\""));
+  EXPECT_THAT(html, HasSubstr("d=\"M0 9629.6L2500 9629.6M7500 370.4L10000 370.4\""));
 }
 
 TEST(DrawnChart, JoinsRareDots) {
   Chart chart = chart_of({1, kNan, 2});
   chart.curves[0].kind = CurveKind::kDots;
   const std::string html = draw_chart(chart, {}, 600);
-  EXPECT_THAT(html, AllOf(HasSubstr("d=\"M0 9630L10000 370\""), HasSubstr("h0M10000 370h0\"")));
+  EXPECT_THAT(html,
+              AllOf(HasSubstr("d=\"M0 9629.6L10000 370.4\""), HasSubstr("h0M10000 370.4h0\"")));
 }
 
 TEST(DrawnChart, IsLogarithmicWhereThatHelps) {

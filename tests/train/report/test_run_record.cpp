@@ -75,6 +75,20 @@ TEST_F(RunRecordTest, TakesALaterLineForAStepThatWasRunAgain) {
   EXPECT_THAT(read().metrics.column(Metric::kLoss), ElementsAre(1, 9));
 }
 
+TEST_F(RunRecordTest, HasTheFolderForANameWhereNamesAreTheSame) {
+  std::vector<RunRecord> runs(3, RunRecord{});
+  const char* folders[] = {"a/run", "b/run", "b/other"};
+  const char* names[] = {"run", "run", "other"};
+  for (size_t i = 0; i < runs.size(); ++i) {
+    runs[i].folder = folders[i];
+    runs[i].name = names[i];
+  }
+  tell_apart(runs);
+  EXPECT_EQ(runs[0].name, "a/run");
+  EXPECT_EQ(runs[1].name, "b/run");
+  EXPECT_EQ(runs[2].name, "other");
+}
+
 TEST_F(RunRecordTest, NeedsMetrics) {
   EXPECT_EQ(
       THROWN_TEXT(std::runtime_error, read()),
