@@ -18,8 +18,11 @@ readonly build_packages=(
 )
 # The text of scripts/quickstart.sh: 31,102 verses in the public domain.
 readonly corpus_packages=(bible-kjv)
-# clang comes with libFuzzer and the sanitizers: it builds what scripts/fuzz.sh runs.
-readonly test_packages=(libgtest-dev libgmock-dev clang-format clang libclang-rt-14-dev)
+# clang comes with libFuzzer and the sanitizers: it builds what scripts/fuzz.sh runs. chromium shows
+# the report's page to its tests.
+readonly test_packages=(
+  libgtest-dev libgmock-dev clang-format clang libclang-rt-14-dev chromium
+)
 
 readonly venv=.deps/venv
 readonly vocab=.deps/share/rwkv_vocab_v20230424.txt

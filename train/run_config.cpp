@@ -339,12 +339,8 @@ void validate_together(const RunConfig& config) {
                  to_config_text(*t.batch_tokens),
                  "is not a multiple of " + ctx_len_text + "; use " + to_config_text(below));
   }
-  int64_t tokens = 0;
-  if (__builtin_mul_overflow(config.batch_sequences(), ctx_len, &tokens)) {
-    reject_value("train.batch_size",
-                 to_config_text(*t.batch_size),
-                 "times " + ctx_len_text + " does not fit in 64 bits; use fewer");
-  }
+  // Sizes that are valid alone have a product within 64 bits.
+  const int64_t tokens = config.batch_sequences() * ctx_len;
   if (t.micro_batch_size && config.batch_sequences() % *t.micro_batch_size != 0) {
     reject_value("train.micro_batch_size",
                  to_config_text(*t.micro_batch_size),

@@ -299,6 +299,7 @@ RunEnd Trainer::run() {
     }
     ended = end();
   }
+  log.add_shown();
   if (state_.step > 0 && state_.step != saved_step_) {
     save(log);
   }

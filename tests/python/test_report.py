@@ -86,7 +86,7 @@ class Report(support.Folder):
         `point`, which sends it an event of a pointer so many pixels right of its plot's left end."""
         browser = shutil.which("chromium") or shutil.which("google-chrome")
         if not browser:
-            self.skipTest("missing: chromium")
+            support.missing("chromium; scripts/setup.sh --tests installs it")
         page = self.folder / "scripted.html"
         page.write_text((self.folder / "page.html").read_text(encoding="utf-8") + """<script>
             const figure = document.querySelector('figure');

@@ -142,7 +142,7 @@ TEST(LrSchedule, RejectsValuesOutOfRange) {
   LrSchedule s;
   s.lr_init = -1;
   EXPECT_THAT(THROWN_TEXT(std::invalid_argument, s.validate()),
-              StartsWith("schedule.lr_init = -1.0: must be a finite number"));
+              StartsWith("schedule.lr_init = -1.0: must lie from 0.0 to 1e+38"));
   s = {.lr_final = std::nan("")};
   EXPECT_THAT(THROWN_TEXT(std::invalid_argument, s.validate()),
               StartsWith("schedule.lr_final = nan: "));

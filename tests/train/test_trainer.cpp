@@ -178,7 +178,7 @@ TEST(Trainer, StopsBeforeAnUpdateThatIsNotFinite) {
   const std::string text = THROWN_TEXT(std::runtime_error, Trainer(config).run());
   EXPECT_THAT(text, HasSubstr("step 3: loss"));
   EXPECT_THAT(text, HasSubstr("on samples 8 to 11"));
-  EXPECT_THAT(text, HasSubstr("there is no checkpoint yet"));
+  EXPECT_THAT(text, HasSubstr("There is no checkpoint yet"));
 }
 
 TEST(ResolveRunConfig, TakesTheVocabularyFromTheCorpus) {

@@ -78,7 +78,7 @@ Range range_of_y(const Chart& chart) {
     }
   }
   auto [low, high] = extremes;
-  if (chart.scale == Scale::kLog && low > 0 && high / low > kLeastLogRatio) {
+  if (chart.scale == Scale::kLog && low > 1 / kBeyond && high / low > kLeastLogRatio) {
     const double margin = std::pow(high / low, 0.04);
     return {low / margin, high * margin, true};
   }
@@ -89,7 +89,8 @@ Range range_of_y(const Chart& chart) {
   if (chart.scale == Scale::kFromZero && low == 0 && high == 0) {
     return {0, 1, false};
   }
-  if (!(high > low)) {
+  // Nearer than that no tick can be told from the next.
+  if (!(high - low > 1e-9 * std::max(std::abs(low), std::abs(high)))) {
     const double half = low == 0 ? 1 : std::max(std::abs(low) / 2, 1e-300);
     return {low - half, high + half, false};
   }
@@ -280,10 +281,12 @@ std::vector<double> linear_ticks(double low, double high, int wanted) {
   const double ratio = rough / power;
   const double step = power * (ratio <= 1 ? 1 : ratio <= 2 ? 2 : ratio <= 5 ? 5 : 10);
   std::vector<double> ticks;
-  // Each from its number, so that errors do not add up; the bounds give way by a rounding.
+  // Each from its number, so that errors do not add up; the bounds give way by a rounding. Where
+  // numbers are so far from zero that the step is lost in them, there are no more than wanted.
+  const double first = std::ceil(low / step - 1e-9);
   const double last = std::floor(high / step + 1e-9);
-  for (double i = std::ceil(low / step - 1e-9); i <= last; ++i) {
-    ticks.push_back(i * step);
+  for (int i = 0; first + i <= last && i <= wanted; ++i) {
+    ticks.push_back((first + i) * step);
   }
   return ticks;
 }

@@ -146,5 +146,25 @@ TEST(EscapedHtml, HoldsNothingThatHtmlReads) {
   EXPECT_EQ(escape_html("a\x01\xff\n"), "a\xef\xbf\xbd\xef\xbf\xbd\n");
 }
 
+TEST(Ticks, AreFewHoweverCloseOrFarTheValues) {
+  const double loss = 5.545177459716797;
+  EXPECT_LE(linear_ticks(loss, std::nextafter(loss, 6), 5).size(), 6u);
+  EXPECT_LE(linear_ticks(1e300, 1.0000000000000002e300, 5).size(), 6u);
+  for (const std::vector<double>& y : {std::vector{loss, std::nextafter(loss, 6), loss},
+                                       std::vector{1e-200, 1e140, 1.0},
+                                       std::vector{1e-310, 1e-300, 1e149}}) {
+    for (const Scale scale : {Scale::kLinear, Scale::kLog, Scale::kFromZero}) {
+      const std::string svg = draw_chart({.title = "t",
+                                          .unit = "",
+                                          .scale = scale,
+                                          .curves = {{.name = "c", .x = {1, 2, 3}, .y = y}},
+                                          .marks = {}},
+                                         {},
+                                         100);
+      EXPECT_LT(svg.size(), 10'000u);
+    }
+  }
+}
+
 }  // namespace
 }  // namespace rwkv
