@@ -23,7 +23,11 @@ constexpr size_t kGranule = 4096;
 // Of the C library's: LibTorch's vector code expects whole cache lines.
 constexpr size_t kAlignment = 64;
 constexpr size_t kHugePage = size_t{2} << 20;
-constexpr size_t kGrowth = 16 * kHugePage;
+// Address space is asked for in stretches of a GiB, and costs memory only where it is touched: one
+// long stretch is divided with less waste than many short ones.
+constexpr size_t kStretch = 512 * kHugePage;
+// After that much more of it is in use for the first time, free blocks lose their pages.
+constexpr size_t kDropEvery = 16 * kHugePage;
 
 size_t round_up(size_t bytes, size_t multiple) {
   return (bytes + multiple - 1) / multiple * multiple;
@@ -53,6 +57,7 @@ class BlockPool {
       free_.emplace(start + size, available - size);
     }
     used_.emplace(start, size);
+    note_first_use(start, start + size);
     return start;
   }
 
@@ -68,9 +73,9 @@ class BlockPool {
     return true;
   }
 
-  size_t reserved() {
+  size_t touched() {
     const std::lock_guard lock(mutex_);
-    return reserved_;
+    return touched_;
   }
 
  private:
@@ -87,21 +92,50 @@ class BlockPool {
     return best;
   }
 
+  static void* map(size_t bytes) {
+    return mmap(nullptr, bytes, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
+  }
+
   void grow(size_t size) {
-    // Free blocks that are too small keep their addresses and lose their pages: what start-up left
-    // does not add to what steps need. Once steps repeat, nothing grows.
-    for (const auto& [start, available] : free_) {
-      madvise(start, available, MADV_DONTNEED);
+    size_t bytes = round_up(std::max(size, kStretch), kHugePage);
+    void* start = map(bytes);
+    if (start == MAP_FAILED) {
+      // Where address space is limited.
+      bytes = round_up(size, kHugePage);
+      start = map(bytes);
     }
-    const size_t bytes = round_up(std::max(size, kGrowth), kHugePage);
-    void* start = mmap(nullptr, bytes, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
     if (start == MAP_FAILED) {
       throw_out_of_memory(size);
     }
     // Advice alone: without huge pages the memory is as good, and slower.
     madvise(start, bytes, MADV_HUGEPAGE);
-    reserved_ += bytes;
+    untouched_.emplace(static_cast<char*>(start) + bytes, static_cast<char*>(start));
     insert_free(static_cast<char*>(start), bytes);
+  }
+
+  // [start, end) is handed out: what of its stretch was never in use before counts. Where stretches
+  // lie side by side it may be of two.
+  void note_first_use(char* start, char* end) {
+    for (auto stretch = untouched_.upper_bound(start);; ++stretch) {
+      auto& [stretch_end, untouched] = *stretch;
+      char* const used_end = std::min(end, stretch_end);
+      if (used_end > untouched) {
+        touched_ += static_cast<size_t>(used_end - untouched);
+        untouched = used_end;
+      }
+      if (stretch_end >= end) {
+        break;
+      }
+    }
+    if (touched_ < dropped_at_ + kDropEvery) {
+      return;
+    }
+    // Free blocks that are too small keep their addresses and lose their pages: what start-up left
+    // does not add to what steps need. Once steps repeat, nothing grows.
+    dropped_at_ = touched_;
+    for (const auto& [place, available] : free_) {
+      madvise(place, available, MADV_DONTNEED);
+    }
   }
 
   void insert_free(char* start, size_t size) {
@@ -123,7 +157,9 @@ class BlockPool {
   std::mutex mutex_;
   FreeBlocks free_;
   std::unordered_map<void*, size_t> used_;
-  size_t reserved_ = 0;
+  std::map<char*, char*> untouched_;  // by the end of a stretch: where what was never used begins
+  size_t touched_ = 0;
+  size_t dropped_at_ = 0;  // touched_ when free blocks last lost their pages
 };
 
 // Never destroyed: tensors in static variables are freed after main.
@@ -170,7 +206,7 @@ void keep_cpu_memory() {
 }
 
 size_t kept_cpu_memory() {
-  return pool().reserved();
+  return pool().touched();
 }
 
 }  // namespace rwkv

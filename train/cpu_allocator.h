@@ -16,7 +16,7 @@ namespace rwkv {
 // for. Safe to call again; allocations are safe from several threads.
 void keep_cpu_memory();
 
-// Bytes taken from the system so far.
+// Bytes in use for the first time so far: the most memory that kept blocks can have pages of.
 size_t kept_cpu_memory();
 
 }  // namespace rwkv
