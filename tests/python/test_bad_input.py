@@ -204,8 +204,9 @@ class Files(BadInput):
                      "folder: is a folder without model.safetensors", "expected a checkpoint")
 
     def test_that_cannot_be_written(self):
-        for command in ("tokenize --tokenizer bytes --output none/a text.txt",
-                        "tokenizer train --input text.txt --output none/a --vocab-size 300",
+        self.refuses("tokenize --tokenizer bytes --output text.txt/a text.txt", FAILED,
+                     "--output text.txt/a: its folder cannot be made: Not a directory")
+        for command in ("tokenizer train --input text.txt --output none/a --vocab-size 300",
                         "convert run none/a.pth", "convert run none/a.safetensors",
                         "logits --model run --tokens 1 --all --output none/a.safetensors"):
             self.refuses(command, FAILED, "none/a", "cannot be created: No such file or directory",

@@ -128,8 +128,8 @@ class Stops(Life):
         self.assertLess(max(abs(x - y) for x, y in zip(*smoothed)), 1e-9)
 
     def test_a_second_sigint_ends_it_at_once(self):
-        # One step takes minutes: the first signal waits for the end of a micro-batch.
-        self.configure(batch_size=4096, micro_batch_size=4096, total_steps=10)
+        # One step takes a minute: the first signal waits for the end of a micro-batch.
+        self.configure(batch_size=1024, micro_batch_size=1024, total_steps=10)
         path = self.folder / "run.toml"
         path.write_text(path.read_text().replace("n_embd = 32", "n_embd = 512")
                         .replace("ctx_len = 32", "ctx_len = 128"))

@@ -404,6 +404,16 @@ class PrintConfig(support.Folder):
         self.assertEqual(config["schedule"]["kind"], "cosine")
         self.assertFalse((self.folder / "run").exists(), "printing starts no run")
 
+    def test_is_printed_without_the_corpus_and_what_follows_from_it(self):
+        support.write_config(self.folder / "a.toml", **support.small_run(
+            {"train": "nowhere"}, total_steps=5))
+        done = support.run("train", "--config", "a.toml", "--print-config", cwd=self.folder)
+        self.assertEqual(done.returncode, 0)
+        self.assertIn(b"nowhere.idx: cannot be opened", done.stderr)
+        config = tomllib.loads(done.stdout.decode())
+        self.assertEqual(config["data"]["train"], "nowhere")
+        self.assertNotIn("vocab_size", config["model"])
+
     def test_is_what_the_run_then_keeps_beside_itself_and_in_its_checkpoint(self):
         support.write_text(self.folder / "text.txt", support.text_lines(50))
         rookery("tokenize", "--tokenizer", "bytes", "--output", "text", "text.txt",

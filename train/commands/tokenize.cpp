@@ -1,4 +1,7 @@
+#include <filesystem>
 #include <iostream>
+#include <stdexcept>
+#include <system_error>
 
 #include <spdlog/spdlog.h>
 
@@ -14,6 +17,15 @@ namespace {
 constexpr const char* kExample =
     "rookery tokenize --tokenizer world --output corpus a.jsonl.zst b.txt";
 
+void make_folder_of(const std::string& prefix) {
+  const std::filesystem::path folder = std::filesystem::path(prefix).parent_path();
+  std::error_code error;
+  if (!folder.empty() && !std::filesystem::create_directories(folder, error) && error) {
+    throw std::runtime_error("--output " + prefix +
+                             ": its folder cannot be made: " + error.message() + "; name another");
+  }
+}
+
 }  // namespace
 
 int tokenize_command(int argc, char** argv) {
@@ -24,7 +36,9 @@ int tokenize_command(int argc, char** argv) {
           describe_tokenizer_specs());
   cxxopts::OptionAdder add = options.add_options();
   add("tokenizer", "see above", cxxopts::value<std::string>());
-  add("output", "PREFIX of the files to write", cxxopts::value<std::string>());
+  add("output",
+      "PREFIX of the files to write; its folder is made if it is not there",
+      cxxopts::value<std::string>());
   add("jsonl-key",
       "key of the text in .jsonl rows",
       cxxopts::value<std::string>()->default_value("text"));
@@ -40,6 +54,7 @@ int tokenize_command(int argc, char** argv) {
   TextReader reader((*parsed)["files"].as<std::vector<std::string>>(),
                     {.jsonl_key = (*parsed)["jsonl-key"].as<std::string>()});
   const std::string prefix = (*parsed)["output"].as<std::string>();
+  make_folder_of(prefix);
   BinidxWriter writer(prefix,
                       {.identity = tokenizer->identity(),
                        .vocab_size = tokenizer->vocab_size(),

@@ -1,6 +1,8 @@
 #include <iostream>
 #include <stdexcept>
 
+#include <spdlog/spdlog.h>
+
 #include "train/commands/commands.h"
 #include "train/run_main.h"
 #include "train/run_setup.h"
@@ -22,6 +24,16 @@ std::string replay(const RunConfig& config, int64_t step) {
     trainer.step();
   }
   return trainer.replay();
+}
+
+// What follows from the corpus and the weights, too, if they can be read.
+RunConfig resolved_if_possible(const RunConfig& config) {
+  try {
+    return resolve_run_config(config);
+  } catch (const std::runtime_error& error) {
+    spdlog::warn("{}; printed without what would follow from it", error.what());
+    return config;
+  }
 }
 
 }  // namespace
@@ -48,7 +60,7 @@ int train_command(int argc, char** argv) {
                                              : std::vector<std::string>{};
   const RunConfig config = load_run_config((*parsed)["config"].as<std::string>(), sets);
   if (parsed->count("print-config") > 0) {
-    std::cout << to_toml(resolve_run_config(config));
+    std::cout << to_toml(resolved_if_possible(config));
     return 0;
   }
   if (parsed->count("replay") > 0) {
