@@ -27,8 +27,9 @@ struct Machine {
 // default; nothing throws.
 Machine describe_machine(const std::string& root = "");
 
-// Memory that is free for use without swapping, in bytes, that of caches included; nothing if the
-// system does not say.
+// Memory that this process can still take without swapping, in bytes, that of caches included: no
+// more than the limits of its control groups and of its address space (ulimit -v) leave. Nothing if
+// the system does not say.
 std::optional<int64_t> available_memory_bytes(const std::string& root = "");
 
 // Memory of this process that is resident now, and the most that has been so far, in bytes; 0 if

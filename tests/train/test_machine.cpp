@@ -60,6 +60,47 @@ TEST_F(FakeMachine, OfAContainerHasTheLimitsOfTheRoot) {
   EXPECT_EQ(describe().memory_bytes, 1000000000);
 }
 
+TEST_F(FakeMachine, HasWhatItsGroupsLeaveFree) {
+  put("proc/self/cgroup", "0::/a/job\n");
+  put("sys/fs/cgroup/a/memory.max", "4000000000\n");
+  put("sys/fs/cgroup/a/memory.current", "3000000000\n");
+  // Some of it is the pages of files, which give way.
+  put("sys/fs/cgroup/a/memory.stat", "anon 2000000000\ninactive_file 600000000\n");
+  EXPECT_EQ(available_memory_bytes(folder_.path()), 1600000000);
+  put("sys/fs/cgroup/a/job/memory.max", "max\n");
+  put("sys/fs/cgroup/a/job/memory.current", "2900000000\n");
+  EXPECT_EQ(available_memory_bytes(folder_.path()), 1600000000);
+  put("sys/fs/cgroup/a/job/memory.max", "2800000000\n");
+  EXPECT_EQ(available_memory_bytes(folder_.path()), 0);
+}
+
+TEST_F(FakeMachine, HasTheLimitsOfGroupsOfTheOlderVersion) {
+  put("proc/self/cgroup", "4:memory:/slurm/job\n3:cpuset:/\n1:cpu,cpuacct:/slurm/job\n0::/\n");
+  put("sys/fs/cgroup/memory/memory.limit_in_bytes", "9223372036854771712\n");
+  put("sys/fs/cgroup/memory/slurm/job/memory.limit_in_bytes", "4000000000\n");
+  put("sys/fs/cgroup/memory/slurm/job/memory.usage_in_bytes", "3000000000\n");
+  put("sys/fs/cgroup/memory/slurm/job/memory.stat",
+      "inactive_file 1\ntotal_inactive_file 200000000\n");
+  put("sys/fs/cgroup/cpu/slurm/cpu.cfs_quota_us", "-1\n");
+  put("sys/fs/cgroup/cpu/slurm/cpu.cfs_period_us", "100000\n");
+  put("sys/fs/cgroup/cpu/slurm/job/cpu.cfs_quota_us", "50000\n");
+  put("sys/fs/cgroup/cpu/slurm/job/cpu.cfs_period_us", "100000\n");
+  EXPECT_EQ(describe().memory_bytes, 4000000000);
+  EXPECT_EQ(available_memory_bytes(folder_.path()), 1200000000);
+  EXPECT_EQ(describe().cpu_quota, 0.5);
+}
+
+TEST_F(FakeMachine, HasWhatTheLimitOfAddressSpaceLeaves) {
+  put("proc/self/status", "Name:\trookery\nVmSize:\t  500000 kB\n");
+  put("proc/self/limits",
+      "Limit                     Soft Limit           Hard Limit           Units     \n"
+      "Max resident set          1                    unlimited            bytes     \n"
+      "Max address space         1500000000           unlimited            bytes     \n");
+  EXPECT_EQ(available_memory_bytes(folder_.path()), 1500000000 - 500000 * 1024);
+  put("proc/self/limits", "Max address space         unlimited            unlimited    bytes\n");
+  EXPECT_EQ(available_memory_bytes(folder_.path()), 8000000LL * 1024);
+}
+
 TEST_F(FakeMachine, WithoutALimitHasItsMemory) {
   put("sys/fs/cgroup/memory.max", "max\n");
   // What the older kind of group says where there is no limit.
