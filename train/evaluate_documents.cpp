@@ -84,12 +84,21 @@ class DocumentScorer {
   LossSum sum_;
 };
 
-// Between the two nearest of the sorted values.
+// In the order from good to bad: what is not a number is worse than any loss, an infinite one too.
+bool is_better(double loss, double other) {
+  return std::isnan(other) ? !std::isnan(loss) : loss < other;
+}
+
+// Between the two nearest of the sorted values. Between equal ones nothing is interpolated: between
+// infinities that would give no number.
 double quantile(std::span<const double> sorted, double share) {
   const double place = share * static_cast<double>(sorted.size() - 1);
   const auto below = static_cast<size_t>(place);
   const size_t above = std::min(below + 1, sorted.size() - 1);
-  return std::lerp(sorted[below], sorted[above], place - static_cast<double>(below));
+  const double weight = place - static_cast<double>(below);
+  return weight == 0 || sorted[below] == sorted[above]
+             ? sorted[below]
+             : std::lerp(sorted[below], sorted[above], weight);
 }
 
 }  // namespace
@@ -178,7 +187,7 @@ DocumentSummary summarise(std::span<const DocumentLoss> documents, size_t num_wo
     losses.push_back(document.loss);
     summary.mean += document.loss / static_cast<double>(documents.size());
   }
-  std::sort(losses.begin(), losses.end());
+  std::ranges::sort(losses, is_better);
   for (const double share : kQuantiles) {
     summary.quantiles.push_back(quantile(losses, share));
   }
@@ -188,7 +197,8 @@ DocumentSummary summarise(std::span<const DocumentLoss> documents, size_t num_wo
                          summary.worst.begin(),
                          summary.worst.end(),
                          [](const DocumentLoss& a, const DocumentLoss& b) {
-                           return a.loss != b.loss ? a.loss > b.loss : a.document < b.document;
+                           return is_better(b.loss, a.loss) ||
+                                  (!is_better(a.loss, b.loss) && a.document < b.document);
                          });
   return summary;
 }

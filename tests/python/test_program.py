@@ -316,6 +316,26 @@ class ForeignFiles(support.Folder):
         self.assertAlmostEqual(result["loss"], self.expected, delta=1e-6)
         self.assertNotIn("bits_per_byte", result)
 
+    def test_that_give_no_loss_fail_and_say_in_which_document(self):
+        torch = support.package("torch")
+        weights = torch.load(self.model)
+        token = 5
+        weights["emb.weight"][token] = math.nan
+        torch.save(weights, self.folder / "nan.pth")
+        self.write_corpus("spoilt", [[1, 2, 3], [1, token, 3], [3, 2, 1]])
+        options = ("eval", "--model", "nan.pth", "--data", "spoilt", "--by-document")
+        done = support.run(*options, "--json", cwd=self.folder)
+        self.assertEqual(done.returncode, 1)
+        self.assertIn("nan.pth: its loss is not a number, expected a finite number",
+                      support.error_message(done.stderr))
+        result = json.loads(done.stdout)
+        self.assertIsNone(result["loss"])
+        self.assertEqual(result["documents"]["worst"][0]["document"], 1)
+        self.assertIsNone(result["documents"]["worst"][0]["loss"])
+        self.assertGreater(result["documents"]["worst"][1]["loss"], 0)
+        done = support.run(*options, cwd=self.folder)
+        self.assertIn(b"loss nan  document 1,", done.stdout)
+
     def test_are_read_in_windows_across_documents_unless_asked(self):
         result = json.loads(rookery("eval", "--model", self.model, "--data", "corpus",
                                     "--ctx-len", 20, "--json", cwd=self.folder))

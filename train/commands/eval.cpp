@@ -1,5 +1,7 @@
 #include <chrono>
+#include <cmath>
 #include <optional>
+#include <stdexcept>
 
 #include <ATen/ATen.h>
 
@@ -237,6 +239,16 @@ EvalOutput evaluate_text(const Evaluated& evaluated,
   return output;
 }
 
+// After it was printed: what is wrong shows in the other figures.
+void require_finite(double figure, const char* name, const std::string& model) {
+  if (!std::isfinite(figure)) {
+    throw std::runtime_error(model + ": its " + name + " is " +
+                             (std::isnan(figure) ? "not a number" : "infinite") +
+                             ", expected a finite number; rookery inspect " + model +
+                             " shows whether weights are not finite");
+  }
+}
+
 void run_lambada(const Evaluated& evaluated, const std::string& path, bool json) {
   const auto tokenizer = open_tokenizer_of(evaluated.file, evaluated.tokenizer_spec);
   require_vocabulary_for(*tokenizer, evaluated.model->config().vocab_size);
@@ -250,6 +262,7 @@ void run_lambada(const Evaluated& evaluated, const std::string& path, bool json)
   } else {
     print_text(result, path);
   }
+  require_finite(result.perplexity, "perplexity", evaluated.file.path);
 }
 
 }  // namespace
@@ -279,6 +292,7 @@ int eval_command(int argc, char** argv) {
   } else {
     print_text(output);
   }
+  require_finite(output.evaluation.loss, "loss", output.model);
   return 0;
 }
 
