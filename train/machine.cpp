@@ -210,13 +210,20 @@ std::optional<int64_t> available_memory_bytes(const std::string& root) {
   return available;
 }
 
-int64_t resident_bytes() {
-  return kib_of(text_of("/proc/self/status"), "VmRSS").value_or(0);
-}
-
 int64_t peak_resident_bytes() {
   // Not getrusage's: that starts at what the process had that started this one.
   return kib_of(text_of("/proc/self/status"), "VmHWM").value_or(0);
+}
+
+int64_t anonymous_bytes() {
+  return kib_of(text_of("/proc/self/status"), "RssAnon").value_or(0);
+}
+
+int64_t peak_anonymous_bytes() {
+  // The system keeps no peak of them. It keeps one of all pages, and those of files only grow in
+  // number, as code is first used: what they are now is the most that they were at the peak.
+  const int64_t files = kib_of(text_of("/proc/self/status"), "RssFile").value_or(0);
+  return peak_resident_bytes() - files;
 }
 
 int64_t free_disk_bytes(const std::string& path) {

@@ -32,10 +32,13 @@ Machine describe_machine(const std::string& root = "");
 // the system does not say.
 std::optional<int64_t> available_memory_bytes(const std::string& root = "");
 
-// Memory of this process that is resident now, and the most that has been so far, in bytes; 0 if
-// the system does not say.
-int64_t resident_bytes();
+// The most memory of this process that has been resident so far, in bytes; 0 if the system does not
+// say.
 int64_t peak_resident_bytes();
+// The same without the pages of mapped files, such as the code of libraries; resident now, and the
+// most so far.
+int64_t anonymous_bytes();
+int64_t peak_anonymous_bytes();
 
 // Bytes that this user can still write where `path` is or, if it is not there yet, in the nearest
 // folder above it that is. Throws std::runtime_error naming the path and the reason.

@@ -357,7 +357,38 @@ class Bench(support.Folder):
         printed = rookery("bench", "tokenizer", "--megabytes", 1, "--tokenizer", "bytes").decode()
         self.assertRegex(printed, r"(?m)^tokenizer bytes +\d\S* \[\S+-\S+\] +\S+ +1000000 ")
 
-    TINY = ("--shape", "S", "--n-layer", 1, "--n-embd", 24, "--vocab", 50, "--repeats", 2)
+    TINY = ("--shape", "S", "--n-layer", 1, "--n-embd", 24, "--vocab", 50, "--repeats", 2,
+            "--threads", 1)
+    # Large enough that rates, not calls, decide over the times.
+    SMALL = ("--shape", "S", "--n-layer", 2, "--n-embd", 384, "--repeats", 5, "--threads", 1)
+
+    def test_never_goes_below_a_floor(self):
+        batch = ("--batch", 8, "--ctx-len", 48)
+        for arguments in (("ops", *self.SMALL, *batch), ("step", *self.SMALL, *batch),
+                          ("decode", *self.SMALL, "--prompt-len", 64)):
+            for row in self.rows(*arguments):
+                with self.subTest(row["what"]):
+                    self.assertLess(row["floor_ms"], 1.05 * row["min_ms"], row)
+
+    def test_takes_a_thread_a_core_whatever_the_environment_says(self):
+        # Where tests run, OMP_NUM_THREADS is 1.
+        arguments = [one for one in self.TINY if one != "--threads"][:-1]
+        (row,) = self.rows("step", *arguments, "--batch", 1, "--ctx-len", 2, "--dtype", "fp32")
+        self.assertEqual(row["conditions"]["threads"], len(os.sched_getaffinity(0)))
+
+    def test_says_what_the_figures_depend_on(self):
+        for what, rates in (("step", {"matmul_gflops_per_s", "update_gb_per_s"}),
+                            ("decode", {"matmul_gflops_per_s", "read_gb_per_s"}),
+                            ("ops", {"update_gb_per_s", "read_gb_per_s"})):
+            for row in self.rows(what, *self.TINY, "--dtype", "fp32"):
+                self.assertEqual(set(row["conditions"]), {"threads"} | rates)
+                self.assertEqual(row["conditions"]["threads"], 1)
+                self.assertGreater(min(row["conditions"].values()), 0)
+
+    def test_counts_the_memory_of_a_step_without_the_code_of_libraries(self):
+        (row,) = self.rows("step", *self.TINY, "--batch", 1, "--ctx-len", 2, "--dtype", "fp32")
+        # The model takes less than one of them; the code that a step runs is 25 MB.
+        self.assertLess(row["peak_mb"], 15)
 
     def test_of_a_step_and_of_decoding_give_times_beside_floors(self):
         rows = self.rows("step", *self.TINY, "--batch", 2, "--ctx-len", 5)
