@@ -17,13 +17,12 @@ constexpr int64_t kOpeningTokens = 20;
 // Windows that wait to be batched with others of their length, in batches.
 constexpr int64_t kWaitingBatches = 16;
 
-// The first characters of a text, white space and what is no character as spaces.
+// The first characters of a text, white space and what a terminal does not show as spaces.
 std::string opening_of(std::string_view text) {
   std::string line;
   while (!text.empty() && line.size() < kOpeningBytes) {
-    const size_t length = utf8_char_length(text);
-    const bool shown = length > 1 || (length == 1 && text[0] > 0x20 && text[0] != 0x7f);
-    line += shown ? text.substr(0, length) : " ";
+    const size_t length = shown_char_length(text);
+    line += length > 0 ? text.substr(0, length) : " ";
     text.remove_prefix(std::max(length, size_t{1}));
   }
   return line;
