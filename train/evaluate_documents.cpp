@@ -34,10 +34,13 @@ class DocumentScorer {
   DocumentScorer(RwkvModel model, const EvaluateOptions& options)
       : model_(std::move(model)), options_(options) {}
 
-  // `ids` are the document's, with what stands before the first that is predicted.
-  void add(int64_t document, const std::vector<int64_t>& ids, std::string opening) {
-    documents_.push_back(
-        {.document = document, .num_tokens = std::ssize(ids) - 1, .opening = std::move(opening)});
+  // With what stands before the first token that is predicted; `text_bytes` are those of what is.
+  void add(int64_t number, Document document, std::optional<int64_t> text_bytes) {
+    const std::vector<int64_t>& ids = document.ids;
+    documents_.push_back({.document = number,
+                          .num_tokens = std::ssize(ids) - 1,
+                          .opening = std::move(document.opening),
+                          .text_bytes = text_bytes});
     for (int64_t begin = 0; begin + 1 < std::ssize(ids); begin += options_.ctx_len) {
       const int64_t end = std::min(begin + options_.ctx_len + 1, std::ssize(ids));
       windows_.emplace_back(ids.begin() + begin, ids.begin() + end);
@@ -167,7 +170,7 @@ DocumentEvaluation evaluate_documents(RwkvModel model,
       ++passed_over;
       continue;
     }
-    scorer.add(number, document->ids, std::move(document->opening));
+    scorer.add(number, std::move(*document), start ? document->text_bytes : std::nullopt);
   }
   if (scorer.empty()) {
     throw std::runtime_error("none of the " + std::to_string(number) +

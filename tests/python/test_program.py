@@ -122,10 +122,22 @@ class Path:
     def test_eval_of_text_files_is_that_of_the_corpus_documents_each_by_itself(self):
         of_text = self.evaluate("--text", "validation.jsonl", "--by-document")
         of_corpus = self.evaluate("--data", "validation", "--by-document")
+        lines = (self.folder / "validation.jsonl").read_text().splitlines()
+        texts = [json.loads(line)["text"].encode() for line in lines]
+        for row in of_text["documents"]["each"] + of_text["documents"]["worst"]:
+            # Of a corpus' documents, the bytes are not known.
+            self.assertAlmostEqual(row.pop("bits_per_byte"), row["loss"] / math.log(2)
+                                   * row["tokens"] / len(texts[row["document"]]))
         for result in (of_text, of_corpus):
             del result["source"]
         self.assertEqual(of_text, of_corpus)
         self.assertEqual(of_text["documents"]["count"], 200)
+        each = of_text["documents"]["each"]
+        self.assertEqual([row["document"] for row in each], list(range(200)))
+        self.assertEqual(sum(row["tokens"] for row in each), of_text["tokens"])
+        self.assertAlmostEqual(sum(row["tokens"] * row["loss"] for row in each),
+                               of_text["tokens"] * of_text["loss"], delta=1e-6 * of_text["tokens"])
+        self.assertAlmostEqual(each[7]["perplexity"], math.exp(each[7]["loss"]))
         # The ends of the documents are not predicted.
         record = json.loads((self.folder / "validation.tokenizer.json").read_text())
         self.assertEqual(of_text["tokens"], record["num_tokens"] - 200)
@@ -148,6 +160,7 @@ class Path:
         mean = sum(row["tokens"] * row["loss"] for row in rows) / result["tokens"]
         self.assertAlmostEqual(mean, result["loss"])
         self.assertLess(rows[-1]["loss"], 0.9 * rows[0]["loss"])
+        self.assertAlmostEqual(rows[3]["perplexity"], math.exp(rows[3]["loss"]))
 
     def test_eval_prints_for_people_what_it_prints_as_json(self):
         options = ("--data", "validation", "--baseline", "train")
@@ -160,9 +173,11 @@ class Path:
         result = self.evaluate("--data", "validation", "--by-document")
         self.assertIn(f"\ndocuments  mean {result['documents']['mean_loss']:.4f}  min ", text)
         worst = result["documents"]["worst"][0]
-        self.assertIn(f"\nworst      loss {worst['loss']:.4f}  document {worst['document']}, "
+        self.assertIn(f"\nworst      loss {worst['loss']:.4f}  perplexity "
+                      f"{worst['perplexity']:10.2f}  document {worst['document']}, "
                       f"{worst['tokens']} tokens: {worst['opening']}\n", text)
-        self.assertRegex(text, r"\nposition   loss \S+  after 3 to 4 tokens \(\d+ predictions\)\n")
+        self.assertRegex(text, r"\nposition   loss \S+  perplexity +\S+  after 3 to 4 tokens "
+                         r"\(\d+ predictions\)\n")
 
     def test_the_same_seed_gives_the_same_text_and_another_seed_another(self):
         def sample(seed):
@@ -334,7 +349,7 @@ class ForeignFiles(support.Folder):
         self.assertIsNone(result["documents"]["worst"][0]["loss"])
         self.assertGreater(result["documents"]["worst"][1]["loss"], 0)
         done = support.run(*options, cwd=self.folder)
-        self.assertIn(b"loss nan  document 1,", done.stdout)
+        self.assertRegex(done.stdout, rb"loss -?nan  perplexity +-?nan  document 1,")
 
     def test_are_read_in_windows_across_documents_unless_asked(self):
         result = json.loads(rookery("eval", "--model", self.model, "--data", "corpus",

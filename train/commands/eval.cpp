@@ -53,7 +53,8 @@ cxxopts::Options describe_options() {
   add("baseline",
       "PREFIX of a corpus to count: adds unigram and bigram models of it to compare with",
       cxxopts::value<std::string>());
-  add("by-document", "how the loss differs between documents, and the worst of them");
+  add("by-document",
+      "how the loss differs between documents, and the worst of them; with --json each of them");
   add("by-position", "how the loss falls with the tokens read before");
   add("ctx-len",
       "tokens predicted from an empty state; default: what the model was trained with, else 1024",
@@ -134,10 +135,11 @@ Evaluated open(const cxxopts::ParseResult& parsed) {
           .options = std::move(options)};
 }
 
-EvalOutput::Documents summarised(const DocumentEvaluation& evaluation) {
-  return {.count = std::ssize(evaluation.documents),
+EvalOutput::Documents summarised(DocumentEvaluation& evaluation) {
+  const DocumentSummary summary = summarise(evaluation.documents, kNumWorst);
+  return {.each = std::move(evaluation.documents),
           .num_passed_over = evaluation.num_passed_over,
-          .summary = summarise(evaluation.documents, kNumWorst)};
+          .summary = summary};
 }
 
 std::optional<double> bytes_a_token(int64_t bytes, int64_t tokens) {
@@ -191,7 +193,7 @@ EvalOutput evaluate_corpus_documents(const Evaluated& evaluated, const BinidxFil
   const std::optional<int32_t> end = record      ? record->end_of_document
                                      : tokenizer ? tokenizer->end_of_document()
                                                  : std::nullopt;
-  const DocumentEvaluation evaluation = evaluate_documents(
+  DocumentEvaluation evaluation = evaluate_documents(
       evaluated.model,
       documents_of(corpus, evaluated.model->config().vocab_size, end, tokenizer.get()),
       end,
@@ -222,10 +224,10 @@ EvalOutput evaluate_text(const Evaluated& evaluated,
   const auto tokenizer = open_tokenizer_of(evaluated.file, evaluated.tokenizer_spec);
   require_vocabulary_for(*tokenizer, evaluated.model->config().vocab_size);
   TextReader reader(paths, {.jsonl_key = parsed["jsonl-key"].as<std::string>()});
-  const DocumentEvaluation evaluation = evaluate_documents(evaluated.model,
-                                                           documents_of(reader, *tokenizer),
-                                                           tokenizer->end_of_document(),
-                                                           evaluated.options);
+  DocumentEvaluation evaluation = evaluate_documents(evaluated.model,
+                                                     documents_of(reader, *tokenizer),
+                                                     tokenizer->end_of_document(),
+                                                     evaluated.options);
   EvalOutput output{.evaluation = evaluation.tokens};
   for (const std::string& path : paths) {
     output.source += (output.source.empty() ? "" : ", ") + path;
