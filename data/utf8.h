@@ -55,6 +55,18 @@ inline uint32_t utf8_code_point(std::string_view text) {
   }
 }
 
+// Length in bytes of the character that `text` starts with, if a terminal shows it; 0 if there is
+// no well-formed one, and for what a terminal obeys instead: control characters (C0, tab and line
+// feed among them, DEL, C1), and embeddings, overrides and isolates, which put the text around them
+// into another order. Texts of strangers' files go through this.
+inline size_t shown_char_length(std::string_view text) {
+  const size_t length = utf8_char_length(text);
+  const uint32_t code = length == 0 ? 0 : utf8_code_point(text);
+  const bool is_control = code < 0x20 || (code >= 0x7F && code <= 0x9F);
+  const bool reorders = (code >= 0x202A && code <= 0x202E) || (code >= 0x2066 && code <= 0x2069);
+  return is_control || reorders ? 0 : length;
+}
+
 // Appends a code point; false, and nothing appended, for a surrogate or a number past U+10FFFF.
 inline bool append_utf8(uint32_t code, std::string& text) {
   const auto put = [&](uint32_t byte) { text += static_cast<char>(byte); };

@@ -10,7 +10,8 @@ Markdown; --json also writes the figures to a file.
 
 Ours are `rookery bench step|decode|tokenizer|startup`. Peers: a plain GPT of the same size in eager
 and in compiled PyTorch, Hugging Face's RWKV-4, the `rwkv` package, and tokenizers; how each is run
-stands in bench_peers_worker.py. No peer that is missing is passed over in silence: the run fails.
+stands in bench_peers_worker.py. No peer that is missing is passed over in silence: the run fails, or
+with --skip-missing names what it leaves out.
 """
 
 import argparse
@@ -49,6 +50,8 @@ def parse_options():
     parser.add_argument("--without", default="", metavar="NAME,...",
                         help="contenders to leave out, by a part of their name: 'compiled'; what "
                         "is left is compared with its first")
+    parser.add_argument("--skip-missing", action="store_true",
+                        help="leave out, and name, contenders whose package is not installed")
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--repeats", type=int, default=5, help="timings a round, of steps")
     parser.add_argument("--prompt-len", type=int, default=512, help="tokens of the prefill")
@@ -88,8 +91,9 @@ def output_of(command):
 class Contender:
     """`time_once()` gives the milliseconds of one round: least, median, greatest."""
 
-    def __init__(self, name, time_once, amount=None, unit=""):
+    def __init__(self, name, time_once, amount=None, unit="", package=None):
         self.name, self.time_once = name, time_once
+        self.package = package  # that a peer needs
         self.amount, self.unit = amount, unit  # what one timing gets done: 2048 "tokens/s"
         self.rounds = []
 
@@ -154,9 +158,12 @@ def step_tables(options, _):
             yield (f"Training step {name}, {describe(shape)} B{shape['batch']} "
                    f"T{shape['ctx_len']}, {dtype}", [
                        Contender("rookery RWKV-4", ours(options, arguments), *done),
-                       Contender("GPT, eager PyTorch", peer("gpt eager", settings), *done),
-                       Contender("GPT, compiled PyTorch", peer("gpt compiled", settings), *done),
-                       Contender("RWKV-4, Hugging Face", peer("hugging face", settings), *done)])
+                       Contender("GPT, eager PyTorch", peer("gpt eager", settings), *done,
+                                 "torch"),
+                       Contender("GPT, compiled PyTorch", peer("gpt compiled", settings), *done,
+                                 "torch"),
+                       Contender("RWKV-4, Hugging Face", peer("hugging face", settings), *done,
+                                 "transformers")])
 
 
 def decode_tables(options, folder):
@@ -173,7 +180,7 @@ def decode_tables(options, folder):
             yield (f"{what}, RWKV-4 {describe(shape)}, {dtype}", [
                 Contender("rookery", ours(options, arguments, row), tokens, "tokens/s"),
                 Contender("`rwkv` package", peer(name, {**settings, "repeats": repeats}),
-                          tokens, "tokens/s")])
+                          tokens, "tokens/s", "rwkv")])
 
 
 def write_documents(options, folder):
@@ -211,7 +218,8 @@ def tokenizer_tables(options, folder):
         contenders = [Contender("rookery", ours(options, ["tokenizer", "--tokenizer", spec,
                                                           "--text", text, "--repeats", 3]),
                                 size / 1e6, "MB/s")]
-        contenders += [Contender(f"`{package}`", peer(package, settings), size / 1e6, "MB/s")
+        contenders += [Contender(f"`{package}`", peer(package, settings), size / 1e6, "MB/s",
+                                 package)
                        for package in peers]
         yield f"Encoding, {name}, {size / 1e6:.1f} MB in documents of 4 kB, one thread", contenders
 
@@ -223,10 +231,10 @@ def startup_tables(options, _):
     yield "Start", [
         Contender("rookery --help", ours(options, startup, 0)),
         Contender("rookery train to the end of its first step, S fp32", ours(options, startup, 1)),
-        Contender("python: import torch", python("import torch")),
+        Contender("python: import torch", python("import torch"), package="torch"),
         Contender("python: import RwkvForCausalLM",
-                  python("from transformers import RwkvForCausalLM")),
-        Contender("python: import rwkv.model", python("import rwkv.model"))]
+                  python("from transformers import RwkvForCausalLM"), package="transformers"),
+        Contender("python: import rwkv.model", python("import rwkv.model"), package="rwkv")]
 
 
 TABLES = {"step": step_tables, "decode": decode_tables, "tokenizer": tokenizer_tables,
@@ -246,15 +254,28 @@ def markdown(title, contenders):
     return "\n".join(lines) + "\n"
 
 
+PACKAGES = ("torch", "transformers", "rwkv", "tokenizers", "tiktoken", "rwkv-tokenizer",
+            "pyrwkv-tokenizer", "sentencepiece")
+
+
+def versions_of(packages, skip_missing):
+    versions = {}
+    for name in packages:
+        try:
+            versions[name] = importlib.metadata.version(name)
+        except importlib.metadata.PackageNotFoundError:
+            if not skip_missing:
+                raise
+    return versions
+
+
 def environment(options):
     processor = next((line.partition(":")[2].strip() for line in open("/proc/cpuinfo")
                       if line.startswith("model name")), platform.processor())
-    packages = ("torch", "transformers", "rwkv", "tokenizers", "tiktoken", "rwkv-tokenizer",
-                "pyrwkv-tokenizer", "sentencepiece")
     return {"date": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
             "processor": processor, "cores": os.cpu_count(), "threads": options.threads,
             "rookery": output_of([options.program, "--version"]).split()[1],
-            "packages": {name: importlib.metadata.version(name) for name in packages}}
+            "packages": versions_of(PACKAGES, options.skip_missing)}
 
 
 def main():
@@ -269,6 +290,12 @@ def main():
             for title, contenders in TABLES[table](options, folder):
                 contenders = [one for one in contenders
                               if not any(part in one.name for part in options.without)]
+                for one in contenders:
+                    if one.package and one.package not in about["packages"]:
+                        print(f"{title}: {one.name} is skipped: {one.package} is not installed",
+                              file=sys.stderr)
+                contenders = [one for one in contenders
+                              if not one.package or one.package in about["packages"]]
                 if not contenders:
                     continue
                 for _ in range(options.rounds):

@@ -110,6 +110,7 @@ void measure_writing(DiskFacts& disk) {
     disk.write_bytes_per_s =
         static_cast<double>(piece.size()) * kPieces / std::max(seconds.count(), 1e-9);
   } else {
+    disk.is_full = errno == ENOSPC || errno == EDQUOT;
     disk.error = std::strerror(errno);
   }
   ::close(fd);
@@ -204,7 +205,9 @@ Check examine_memory(const HealthFacts& facts) {
     check.found = "unknown";
   } else if (available < kLeastMemory) {
     check.verdict = Verdict::kFatal;
-    check.advice = "less than 0.5 GiB: end other programs, or take a larger machine";
+    check.advice =
+        "less than 0.5 GiB: end other programs, raise the limit (ulimit -v, the container's, the "
+        "job's), or take a larger machine";
   } else if (available < kLittleMemory) {
     check.verdict = Verdict::kWarning;
     check.advice = "enough for small models alone; a smaller train.micro_batch_size needs less";
@@ -251,7 +254,8 @@ Check examine_disk(const DiskFacts& disk) {
   if (!disk.write_bytes_per_s) {
     check.found += ", cannot be written: " + disk.error;
     check.verdict = Verdict::kWarning;
-    check.advice = "set train.run_dir to a folder that can be written";
+    check.advice = disk.is_full ? "free some space, or set train.run_dir to another disk"
+                                : "set train.run_dir to a folder that can be written";
     return check;
   }
   check.found += fmt::format(", written at {:.0f} MiB/s", *disk.write_bytes_per_s / kMib);

@@ -31,6 +31,7 @@ struct DiskFacts {
   std::optional<int64_t> free_bytes;
   std::optional<double> write_bytes_per_s;  // until it is on the disk (fsync)
   std::string error;                        // why nothing could be written
+  bool is_full = false;                     // that is why
 };
 
 struct HealthFacts {

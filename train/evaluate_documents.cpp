@@ -17,13 +17,12 @@ constexpr int64_t kOpeningTokens = 20;
 // Windows that wait to be batched with others of their length, in batches.
 constexpr int64_t kWaitingBatches = 16;
 
-// The first characters of a text, white space and what is no character as spaces.
+// The first characters of a text, white space and what a terminal does not show as spaces.
 std::string opening_of(std::string_view text) {
   std::string line;
   while (!text.empty() && line.size() < kOpeningBytes) {
-    const size_t length = utf8_char_length(text);
-    const bool shown = length > 1 || (length == 1 && text[0] > 0x20 && text[0] != 0x7f);
-    line += shown ? text.substr(0, length) : " ";
+    const size_t length = shown_char_length(text);
+    line += length > 0 ? text.substr(0, length) : " ";
     text.remove_prefix(std::max(length, size_t{1}));
   }
   return line;
@@ -35,10 +34,13 @@ class DocumentScorer {
   DocumentScorer(RwkvModel model, const EvaluateOptions& options)
       : model_(std::move(model)), options_(options) {}
 
-  // `ids` are the document's, with what stands before the first that is predicted.
-  void add(int64_t document, const std::vector<int64_t>& ids, std::string opening) {
-    documents_.push_back(
-        {.document = document, .num_tokens = std::ssize(ids) - 1, .opening = std::move(opening)});
+  // With what stands before the first token that is predicted; `text_bytes` are those of what is.
+  void add(int64_t number, Document document, std::optional<int64_t> text_bytes) {
+    const std::vector<int64_t>& ids = document.ids;
+    documents_.push_back({.document = number,
+                          .num_tokens = std::ssize(ids) - 1,
+                          .opening = std::move(document.opening),
+                          .text_bytes = text_bytes});
     for (int64_t begin = 0; begin + 1 < std::ssize(ids); begin += options_.ctx_len) {
       const int64_t end = std::min(begin + options_.ctx_len + 1, std::ssize(ids));
       windows_.emplace_back(ids.begin() + begin, ids.begin() + end);
@@ -84,12 +86,21 @@ class DocumentScorer {
   LossSum sum_;
 };
 
-// Between the two nearest of the sorted values.
+// In the order from good to bad: what is not a number is worse than any loss, an infinite one too.
+bool is_better(double loss, double other) {
+  return std::isnan(other) ? !std::isnan(loss) : loss < other;
+}
+
+// Between the two nearest of the sorted values. Between equal ones nothing is interpolated: between
+// infinities that would give no number.
 double quantile(std::span<const double> sorted, double share) {
   const double place = share * static_cast<double>(sorted.size() - 1);
   const auto below = static_cast<size_t>(place);
   const size_t above = std::min(below + 1, sorted.size() - 1);
-  return std::lerp(sorted[below], sorted[above], place - static_cast<double>(below));
+  const double weight = place - static_cast<double>(below);
+  return weight == 0 || sorted[below] == sorted[above]
+             ? sorted[below]
+             : std::lerp(sorted[below], sorted[above], weight);
 }
 
 }  // namespace
@@ -159,7 +170,7 @@ DocumentEvaluation evaluate_documents(RwkvModel model,
       ++passed_over;
       continue;
     }
-    scorer.add(number, document->ids, std::move(document->opening));
+    scorer.add(number, std::move(*document), start ? document->text_bytes : std::nullopt);
   }
   if (scorer.empty()) {
     throw std::runtime_error("none of the " + std::to_string(number) +
@@ -178,7 +189,7 @@ DocumentSummary summarise(std::span<const DocumentLoss> documents, size_t num_wo
     losses.push_back(document.loss);
     summary.mean += document.loss / static_cast<double>(documents.size());
   }
-  std::sort(losses.begin(), losses.end());
+  std::ranges::sort(losses, is_better);
   for (const double share : kQuantiles) {
     summary.quantiles.push_back(quantile(losses, share));
   }
@@ -188,7 +199,8 @@ DocumentSummary summarise(std::span<const DocumentLoss> documents, size_t num_wo
                          summary.worst.begin(),
                          summary.worst.end(),
                          [](const DocumentLoss& a, const DocumentLoss& b) {
-                           return a.loss != b.loss ? a.loss > b.loss : a.document < b.document;
+                           return is_better(b.loss, a.loss) ||
+                                  (!is_better(a.loss, b.loss) && a.document < b.document);
                          });
   return summary;
 }

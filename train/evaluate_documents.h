@@ -40,8 +40,9 @@ DocumentSource documents_of(TextReader& reader, const Tokenizer& tokenizer);
 struct DocumentLoss {
   int64_t document = 0;  // number in the source, from 0
   int64_t num_tokens = 0;
-  double loss = 0;           // mean over its tokens, nats
-  std::string opening = {};  // as in Document
+  double loss = 0;                         // mean over its tokens, nats
+  std::string opening = {};                // as in Document
+  std::optional<int64_t> text_bytes = {};  // of what was predicted, if known
 };
 
 struct DocumentEvaluation {

@@ -51,10 +51,10 @@ Json describe_tensor(const StoredTensor& tensor) {
           {"dtype", name_of(tensor.dtype)},
           {"shape", tensor.shape},
           {"elements", statistics.num_elements},
-          {"mean", statistics.mean},
-          {"std", statistics.std},
-          {"min", statistics.min},
-          {"max", statistics.max},
+          {"mean", number_or_null(statistics.mean)},
+          {"std", number_or_null(statistics.std)},
+          {"min", number_or_null(statistics.min)},
+          {"max", number_or_null(statistics.max)},
           {"norm", number_or_null(statistics.norm)},
           {"zeros", statistics.num_zeros},
           {"nan", statistics.num_nan},
@@ -316,16 +316,29 @@ std::string_view start_of(const MappedFile& file, size_t length) {
   return {reinterpret_cast<const char*>(start.data()), start.size()};
 }
 
+// Whether the file is a sentencepiece model, whatever its name: protobuf's tags and lengths of its
+// first piece, a text and its score.
+bool starts_with_piece(std::string_view start) {
+  if (start.size() < 4 || start[0] != '\x0a' || start[2] != '\x0a') {
+    return false;
+  }
+  const size_t score = size_t{4} + static_cast<unsigned char>(start[3]);
+  return score < start.size() && start[score] == '\x15';
+}
+
 // The spec by which a file is a tokenizer's, or an empty text.
-std::string tokenizer_spec(const std::string& path, std::string_view start) {
-  if (start.starts_with("{")) {
+std::string tokenizer_spec(const std::string& path, const MappedFile& file) {
+  const std::string_view text = start_of(file, file.bytes().size());
+  const std::string_view start = text.substr(0, 256);
+  // Much else is JSON: configurations, records, indexes of shards.
+  if (start.starts_with("{") && text.find("\"merges\"") != text.npos) {
     return "neox:" + path;
   }
   // "1 '\x00' 1" is the first line of a World vocabulary.
   if (start.starts_with("1 '") || start.starts_with("1 \"") || start.starts_with("1 b'")) {
     return "world:" + path;
   }
-  return path.ends_with(".model") ? "sentencepiece:" + path : "";
+  return path.ends_with(".model") || starts_with_piece(start) ? "sentencepiece:" + path : "";
 }
 
 Json inspect_folder(const std::string& path) {
@@ -351,7 +364,7 @@ Json inspect_file(const std::string& path) {
   if (is_event_file(file.bytes())) {
     return inspect_events(path);
   }
-  const std::string spec = tokenizer_spec(path, start);
+  const std::string spec = tokenizer_spec(path, file);
   return spec.empty() ? inspect_weights(path) : inspect_tokenizer(spec);
 }
 
@@ -426,11 +439,14 @@ std::string share_text(const Json& tensor, const char* key) {
 
 std::vector<std::string> tensor_row(const Json& tensor) {
   std::vector<std::string> row = {tensor["name"], tensor["shape"].dump(), tensor["dtype"]};
+  const int64_t not_finite = tensor["nan"].get<int64_t>() + tensor["infinite"].get<int64_t>();
+  // Without a finite number there are no figures; with one, they may be too large.
+  const char* missing = tensor["elements"] == not_finite ? "-" : "inf";
   for (const char* key : {"mean", "std", "min", "max", "norm"}) {
-    row.push_back(tensor[key].is_null() ? "inf" : fmt::format("{:.4g}", tensor[key].get<double>()));
+    row.push_back(tensor[key].is_null() ? missing
+                                        : fmt::format("{:.4g}", tensor[key].get<double>()));
   }
   row.push_back(share_text(tensor, "zeros"));
-  const int64_t not_finite = tensor["nan"].get<int64_t>() + tensor["infinite"].get<int64_t>();
   row.push_back(not_finite == 0 ? "-" : grouped(static_cast<uint64_t>(not_finite)));
   return row;
 }
@@ -461,6 +477,17 @@ std::string tensor_table(const Json& tensors) {
   return text;
 }
 
+// A file's texts must not command the terminal.
+std::string without_commands(std::string_view text) {
+  std::string shown;
+  while (!text.empty()) {
+    const size_t length = text[0] == '\n' ? 1 : shown_char_length(text);
+    shown += length == 0 ? "?" : text.substr(0, length);
+    text.remove_prefix(std::max(length, size_t{1}));
+  }
+  return shown;
+}
+
 }  // namespace
 
 std::string inspect_as_text(const std::string& path) {
@@ -470,12 +497,7 @@ std::string inspect_as_text(const std::string& path) {
   if (result.contains("tensors")) {
     text += "\n" + tensor_table(result["tensors"]);
   }
-  // A file's texts must not command the terminal.
-  std::ranges::replace_if(
-      text,
-      [](char c) { return (static_cast<unsigned char>(c) < 0x20 && c != '\n') || c == 0x7f; },
-      '?');
-  return text;
+  return without_commands(text);
 }
 
 std::string inspect_as_json(const std::string& path) {

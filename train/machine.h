@@ -27,14 +27,18 @@ struct Machine {
 // default; nothing throws.
 Machine describe_machine(const std::string& root = "");
 
-// Memory that is free for use without swapping, in bytes, that of caches included; nothing if the
-// system does not say.
+// Memory that this process can still take without swapping, in bytes, that of caches included: no
+// more than the limits of its control groups and of its address space (ulimit -v) leave. Nothing if
+// the system does not say.
 std::optional<int64_t> available_memory_bytes(const std::string& root = "");
 
-// Memory of this process that is resident now, and the most that has been so far, in bytes; 0 if
-// the system does not say.
-int64_t resident_bytes();
+// The most memory of this process that has been resident so far, in bytes; 0 if the system does not
+// say.
 int64_t peak_resident_bytes();
+// The same without the pages of mapped files, such as the code of libraries; resident now, and the
+// most so far.
+int64_t anonymous_bytes();
+int64_t peak_anonymous_bytes();
 
 // Bytes that this user can still write where `path` is or, if it is not there yet, in the nearest
 // folder above it that is. Throws std::runtime_error naming the path and the reason.

@@ -37,15 +37,18 @@ double matmul_flops_per_s(at::ScalarType dtype) {
   return 2.0 * kSize * kSize * kSize / best_seconds(12, [&] { at::mm_out(y, x, weight.t()); });
 }
 
-double copy_bytes_per_s() {
-  const at::Tensor from = at::ones({kStreamFloats});
-  at::Tensor to = at::zeros({kStreamFloats});
-  return 2.0 * sizeof(float) * kStreamFloats / best_seconds(7, [&] { to.copy_(from); });
+double update_bytes_per_s() {
+  const at::Tensor numbers = at::zeros({kStreamFloats});
+  return 2.0 * sizeof(float) * kStreamFloats / best_seconds(7, [&] { numbers.add_(1); });
 }
 
 double read_bytes_per_s() {
-  const at::Tensor from = at::ones({kStreamFloats});
-  return 1.0 * sizeof(float) * kStreamFloats / best_seconds(7, [&] { from.sum(); });
+  return read_bytes_per_s(kStreamFloats * int64_t{sizeof(float)});
+}
+
+double read_bytes_per_s(int64_t bytes) {
+  const at::Tensor from = at::ones({std::max<int64_t>(bytes / int64_t{sizeof(float)}, 1)});
+  return static_cast<double>(from.nbytes()) / best_seconds(7, [&] { from.sum(); });
 }
 
 }  // namespace rwkv

@@ -9,9 +9,12 @@ namespace rwkv {
 // multiplications. Takes about 0.1 s.
 double matmul_flops_per_s(at::ScalarType dtype);
 
-// Bytes read and written a second by a copy of fp32 numbers larger than the caches.
-double copy_bytes_per_s();
-// Bytes a second that a sum over them reads.
+// Bytes read and written a second where fp32 numbers, more than the caches hold, change in place. A
+// copy would move more than it counts: its stores first read what they overwrite.
+double update_bytes_per_s();
+// Bytes a second that a sum over them reads: of more than the caches hold, or of `bytes` of them,
+// which may stay there from one sum to the next.
 double read_bytes_per_s();
+double read_bytes_per_s(int64_t bytes);
 
 }  // namespace rwkv

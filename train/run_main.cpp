@@ -23,13 +23,14 @@ namespace {
 constexpr const char* kMemoryHint =
     "out of memory; a smaller train.micro_batch_size or model.ctx_len needs less";
 
-// Texts quote from files, and some libraries quote raw bytes: a terminal must not get to see them.
+// Texts quote from files, and some libraries quote raw bytes: a terminal must not get to see what
+// it would obey.
 std::string printable(std::string_view text) {
   std::string result;
   while (!text.empty()) {
     const auto byte = static_cast<unsigned char>(text[0]);
-    const size_t length = utf8_char_length(text);
-    if (length == 0 || (byte < 0x20 && byte != '\n') || byte == 0x7f) {
+    const size_t length = byte == '\n' ? 1 : shown_char_length(text);
+    if (length == 0) {
       result.append("\\x").append(1, "0123456789abcdef"[byte >> 4]);
       result.append(1, "0123456789abcdef"[byte & 15]);
     } else {

@@ -5,6 +5,7 @@
 #include <cmath>
 #include <cstring>
 #include <limits>
+#include <numeric>
 #include <vector>
 
 namespace rwkv {
@@ -14,76 +15,92 @@ constexpr int64_t kPieceElements = int64_t{1} << 16;
 // Independent sums, which the compiler keeps side by side in vectors.
 constexpr size_t kLanes = 16;
 
+constexpr std::array<double, kLanes> filled(double value) {
+  std::array<double, kLanes> lanes{};
+  lanes.fill(value);
+  return lanes;
+}
+
+double sum_of(const std::array<double, kLanes>& lanes) {
+  return std::accumulate(lanes.begin(), lanes.end(), 0.0);
+}
+
+bool is_finite(double value) {
+  return std::abs(value) <= std::numeric_limits<double>::max();
+}
+
+// Calls `add(lane, value)` for all, neighbours in different lanes.
+template <typename T, typename Add>
+void for_each_in_lanes(const T* values, size_t number, const Add& add) {
+  size_t i = 0;
+  for (; i + kLanes <= number; i += kLanes) {
+    for (size_t lane = 0; lane < kLanes; ++lane) {
+      add(lane, static_cast<double>(values[i + lane]));
+    }
+  }
+  for (; i < number; ++i) {
+    add(0, static_cast<double>(values[i]));
+  }
+}
+
 class Accumulator {
  public:
+  // A piece is read twice, the second time from the cache, for the squares of the distances from
+  // its own mean. From the squares of the numbers themselves, those of a narrow spread far from 0
+  // would lose all digits of it. Source: Chan, Golub and LeVeque, "Updating formulae and a pairwise
+  // algorithm for computing sample variances", 1979, eq. 2.1.
   template <typename T>
   void add(const T* values, size_t number) {
-    size_t i = 0;
-    for (; i + kLanes <= number; i += kLanes) {
-      for (size_t lane = 0; lane < kLanes; ++lane) {
-        add_to(lane, static_cast<double>(values[i + lane]));
-      }
+    std::array<double, kLanes> sums{};
+    std::array<double, kLanes> counts{};  // as doubles, so that all lanes are of one width
+    // Without branches: weights that are not finite are rare, and looked for in gigabytes.
+    for_each_in_lanes(values, number, [&](size_t lane, double value) {
+      const double counted = is_finite(value) ? value : 0;
+      sums[lane] += counted;
+      squares_[lane] += counted * counted;
+      counts[lane] += is_finite(value) ? 1 : 0;
+      nan_[lane] += value != value ? 1 : 0;
+      zeros_[lane] += value == 0 ? 1 : 0;
+      min_[lane] = is_finite(value) && value < min_[lane] ? value : min_[lane];
+      max_[lane] = is_finite(value) && value > max_[lane] ? value : max_[lane];
+    });
+    const double count = sum_of(counts);
+    if (count == 0) {
+      return;
     }
-    for (; i < number; ++i) {
-      add_to(0, static_cast<double>(values[i]));
-    }
+    const double mean = sum_of(sums) / count;
+    std::array<double, kLanes> distances{};
+    for_each_in_lanes(values, number, [&](size_t lane, double value) {
+      const double distance = is_finite(value) ? value - mean : 0;
+      distances[lane] += distance * distance;
+    });
+    const double step = mean - mean_;
+    distances_ += sum_of(distances) + step * step * finite_ * count / (finite_ + count);
+    mean_ += step * count / (finite_ + count);
+    finite_ += count;
   }
 
   TensorStatistics result(int64_t num_elements) const {
     TensorStatistics statistics{.num_elements = num_elements};
-    double sum = 0;
-    double squares = 0;
-    double finite = 0;
-    double nan = 0;
-    double zeros = 0;
-    double min = std::numeric_limits<double>::infinity();
-    double max = -min;
-    for (size_t lane = 0; lane < kLanes; ++lane) {
-      sum += sum_[lane];
-      squares += squares_[lane];
-      finite += finite_[lane];
-      nan += nan_[lane];
-      zeros += zeros_[lane];
-      min = std::min(min, min_[lane]);
-      max = std::max(max, max_[lane]);
-    }
-    statistics.num_zeros = static_cast<int64_t>(zeros);
+    const double nan = sum_of(nan_);
+    statistics.num_zeros = static_cast<int64_t>(sum_of(zeros_));
     statistics.num_nan = static_cast<int64_t>(nan);
-    statistics.num_infinite = num_elements - static_cast<int64_t>(finite + nan);
-    if (finite > 0) {
-      statistics.min = min;
-      statistics.max = max;
-      statistics.mean = sum / finite;
-      statistics.std =
-          std::sqrt(std::max(0.0, squares / finite - statistics.mean * statistics.mean));
-      statistics.norm = std::sqrt(squares);
+    statistics.num_infinite = num_elements - static_cast<int64_t>(finite_ + nan);
+    if (finite_ > 0) {
+      statistics.min = std::ranges::min(min_);
+      statistics.max = std::ranges::max(max_);
+      statistics.mean = mean_;
+      statistics.std = std::sqrt(distances_ / finite_);
+      statistics.norm = std::sqrt(sum_of(squares_));
     }
     return statistics;
   }
 
  private:
-  // Without branches: weights that are not finite are rare, and looked for in gigabytes.
-  void add_to(size_t lane, double value) {
-    const bool is_finite = std::abs(value) <= std::numeric_limits<double>::max();
-    const double counted = is_finite ? value : 0;
-    sum_[lane] += counted;
-    squares_[lane] += counted * counted;
-    finite_[lane] += is_finite ? 1 : 0;
-    nan_[lane] += value != value ? 1 : 0;
-    zeros_[lane] += value == 0 ? 1 : 0;
-    min_[lane] = is_finite && value < min_[lane] ? value : min_[lane];
-    max_[lane] = is_finite && value > max_[lane] ? value : max_[lane];
-  }
-
-  static constexpr std::array<double, kLanes> filled(double value) {
-    std::array<double, kLanes> lanes{};
-    lanes.fill(value);
-    return lanes;
-  }
-
-  std::array<double, kLanes> sum_{};
+  double finite_ = 0;     // number of finite elements
+  double mean_ = 0;       // of them
+  double distances_ = 0;  // squares of their distances from the mean, summed
   std::array<double, kLanes> squares_{};
-  std::array<double, kLanes> finite_{};  // counts as doubles, so that all lanes are of one width
   std::array<double, kLanes> nan_{};
   std::array<double, kLanes> zeros_{};
   std::array<double, kLanes> min_ = filled(std::numeric_limits<double>::infinity());

@@ -2,6 +2,7 @@
 #pragma once
 
 #include <cstdint>
+#include <limits>
 
 #include "model/formats/weight_file.h"
 
@@ -12,12 +13,12 @@ struct TensorStatistics {
   int64_t num_zeros = 0;
   int64_t num_nan = 0;
   int64_t num_infinite = 0;
-  // Of the finite elements; all 0 if there is none.
-  double min = 0;
-  double max = 0;
-  double mean = 0;
-  double std = 0;   // of the whole, not of a sample: divided by their number
-  double norm = 0;  // root of the sum of squares
+  // Of the finite elements; not a number if there is none.
+  double min = std::numeric_limits<double>::quiet_NaN();
+  double max = std::numeric_limits<double>::quiet_NaN();
+  double mean = std::numeric_limits<double>::quiet_NaN();
+  double std = std::numeric_limits<double>::quiet_NaN();   // divided by their number, not one less
+  double norm = std::numeric_limits<double>::quiet_NaN();  // root of the sum of squares
 };
 
 // Any dtype; bool counts as 0 and 1. Reads the data once, in pieces of 256 KB; a tensor that does

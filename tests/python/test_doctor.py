@@ -28,6 +28,27 @@ class Doctor(support.Folder):
         text = support.rookery("doctor", cwd=self.folder).decode()
         self.assertIn("training can run here", text)
 
+    def limited(self, address_space):
+        """The doctor where that many bytes of addresses may be used."""
+        return subprocess.run(
+            ["sh", "-c", f'ulimit -v {address_space >> 10}; exec "$0" doctor',
+             support.command_line()[0]],
+            cwd=self.folder, capture_output=True, check=False)
+
+    def test_counts_the_limit_of_addresses(self):
+        # LibTorch alone takes 430 MB of them.
+        done = self.limited(750 << 20)
+        self.assertEqual(done.returncode, 1, done)
+        self.assertRegex(done.stdout, rb"(?m)^fatal +memory .*GiB, 0\.\d GiB of it free$")
+        done = self.limited(1500 << 20)
+        self.assertEqual(done.returncode, 0, done)
+        self.assertRegex(done.stdout, rb"(?m)^warning +memory")
+
+    def test_says_that_libtorch_does_not_fit(self):
+        done = self.limited(400 << 20)
+        self.assertEqual(done.returncode, 1, done)
+        self.assertIn(b"LibTorch cannot be loaded", done.stderr)
+
     def test_fails_without_the_library(self):
         # A copy of the program alone has no lib folder beside it.
         program = self.folder / "bin" / "rookery"

@@ -50,6 +50,15 @@ class Inspect(support.Folder):
         row = support.rookery("inspect", path).decode().splitlines()[-1]
         self.assertEqual(row.split()[-1], "3")
 
+    def test_without_a_finite_number_there_are_no_figures(self):
+        torch = support.package("torch")
+        path = self.save({"x": torch.full((3,), math.nan), "y": torch.full((2,), -math.inf)})
+        for tensor in inspect(path)["tensors"]:
+            self.assertEqual([tensor[key] for key in ("mean", "std", "min", "max", "norm")],
+                             [None] * 5)
+        for row in support.rookery("inspect", path).decode().splitlines()[-2:]:
+            self.assertEqual(row.split()[3:8], ["-"] * 5)
+
     def test_states_are_named_as_such(self):
         torch = support.package("torch")
         states = {f"blocks.{i}.att.time_state": torch.zeros(2, 4, 4) for i in range(3)}
@@ -95,6 +104,21 @@ class Inspect(support.Folder):
                 support.missing(str(path))
             self.assertTrue(inspect(path)["identity"].startswith(kind))
 
+    def test_tells_a_tokenizer_by_its_content(self):
+        text = support.write_text(self.folder / "a.txt", support.text_lines())
+        support.rookery("tokenizer", "train", "--input", text, "--output",
+                        self.folder / "a.model", "--vocab-size", 300)
+        (self.folder / "a.model").rename(self.folder / "renamed")
+        self.assertTrue(inspect(self.folder / "renamed")["identity"].startswith("sentencepiece:"))
+
+    def test_takes_no_other_json_for_a_tokenizer(self):
+        index = support.write_text(self.folder / "model.safetensors.index.json",
+                                   ['{"weight_map": {"emb.weight": "model-1.safetensors"}}'])
+        done = support.run("inspect", index)
+        self.assertEqual(done.returncode, 1)
+        self.assertIn("is JSON text", support.error_message(done.stderr))
+        self.assertIn("an index of shards", support.error_message(done.stderr))
+
     def test_tells_event_files(self):
         support.package("torch")
         writer = support.package("torch.utils.tensorboard").SummaryWriter(str(self.folder / "t"))
@@ -109,8 +133,12 @@ class Inspect(support.Folder):
 
     def test_does_not_hand_commands_to_the_terminal(self):
         torch = support.package("torch")
-        path = self.save({"a\x1b[31m\tb": torch.zeros(1)})
-        self.assertNotIn(b"\x1b", support.rookery("inspect", path))
+        path = self.save({"a\x1b[31m\tb\x9b31m\u202e\u2066Größe": torch.zeros(1)})
+        printed = support.rookery("inspect", path).decode()
+        self.assertIn("a?[31m?b??31m??????Größe", printed)
+        # Nor do texts of errors.
+        done = support.run("inspect", self.folder / "no\x9b\u202eGröße")
+        self.assertIn("no\\xc2\\x9b\\xe2\\x80\\xaeGröße", done.stderr.decode())
 
     def test_refuses_what_it_cannot_read(self):
         (self.folder / "text").write_text("some text\n")

@@ -96,6 +96,16 @@ class WorldModel(unittest.TestCase):
         self.assertIn(f"{PASSAGES} passages predicted, {result['target_tokens']} tokens\n", text)
         self.assertIn(f"accuracy {result['accuracy']:.4f}  perplexity", text)
 
+    def test_that_is_no_number_fails(self):
+        weights = self.torch.load(self.folder / "model.pth")
+        weights["head.weight"][7] = math.nan
+        self.torch.save(weights, self.folder / "nan.pth")
+        done = support.run("eval", "--lambada", "passages.jsonl", "--json", "--model", "nan.pth",
+                           "--tokenizer", "world", cwd=self.folder)
+        self.assertEqual(done.returncode, 1)
+        self.assertIn("perplexity is not a number", support.error_message(done.stderr))
+        self.assertIsNone(json.loads(done.stdout)["perplexity"])
+
     def test_ids_without_a_token_are_never_written(self):
         # Whatever the state, the six ids past the last token now have by far the largest logits.
         weights = self.torch.load(self.folder / "model.pth")

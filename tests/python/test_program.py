@@ -122,10 +122,22 @@ class Path:
     def test_eval_of_text_files_is_that_of_the_corpus_documents_each_by_itself(self):
         of_text = self.evaluate("--text", "validation.jsonl", "--by-document")
         of_corpus = self.evaluate("--data", "validation", "--by-document")
+        lines = (self.folder / "validation.jsonl").read_text().splitlines()
+        texts = [json.loads(line)["text"].encode() for line in lines]
+        for row in of_text["documents"]["each"] + of_text["documents"]["worst"]:
+            # Of a corpus' documents, the bytes are not known.
+            self.assertAlmostEqual(row.pop("bits_per_byte"), row["loss"] / math.log(2)
+                                   * row["tokens"] / len(texts[row["document"]]))
         for result in (of_text, of_corpus):
             del result["source"]
         self.assertEqual(of_text, of_corpus)
         self.assertEqual(of_text["documents"]["count"], 200)
+        each = of_text["documents"]["each"]
+        self.assertEqual([row["document"] for row in each], list(range(200)))
+        self.assertEqual(sum(row["tokens"] for row in each), of_text["tokens"])
+        self.assertAlmostEqual(sum(row["tokens"] * row["loss"] for row in each),
+                               of_text["tokens"] * of_text["loss"], delta=1e-6 * of_text["tokens"])
+        self.assertAlmostEqual(each[7]["perplexity"], math.exp(each[7]["loss"]))
         # The ends of the documents are not predicted.
         record = json.loads((self.folder / "validation.tokenizer.json").read_text())
         self.assertEqual(of_text["tokens"], record["num_tokens"] - 200)
@@ -148,6 +160,7 @@ class Path:
         mean = sum(row["tokens"] * row["loss"] for row in rows) / result["tokens"]
         self.assertAlmostEqual(mean, result["loss"])
         self.assertLess(rows[-1]["loss"], 0.9 * rows[0]["loss"])
+        self.assertAlmostEqual(rows[3]["perplexity"], math.exp(rows[3]["loss"]))
 
     def test_eval_prints_for_people_what_it_prints_as_json(self):
         options = ("--data", "validation", "--baseline", "train")
@@ -160,9 +173,11 @@ class Path:
         result = self.evaluate("--data", "validation", "--by-document")
         self.assertIn(f"\ndocuments  mean {result['documents']['mean_loss']:.4f}  min ", text)
         worst = result["documents"]["worst"][0]
-        self.assertIn(f"\nworst      loss {worst['loss']:.4f}  document {worst['document']}, "
+        self.assertIn(f"\nworst      loss {worst['loss']:.4f}  perplexity "
+                      f"{worst['perplexity']:10.2f}  document {worst['document']}, "
                       f"{worst['tokens']} tokens: {worst['opening']}\n", text)
-        self.assertRegex(text, r"\nposition   loss \S+  after 3 to 4 tokens \(\d+ predictions\)\n")
+        self.assertRegex(text, r"\nposition   loss \S+  perplexity +\S+  after 3 to 4 tokens "
+                         r"\(\d+ predictions\)\n")
 
     def test_the_same_seed_gives_the_same_text_and_another_seed_another(self):
         def sample(seed):
@@ -316,6 +331,26 @@ class ForeignFiles(support.Folder):
         self.assertAlmostEqual(result["loss"], self.expected, delta=1e-6)
         self.assertNotIn("bits_per_byte", result)
 
+    def test_that_give_no_loss_fail_and_say_in_which_document(self):
+        torch = support.package("torch")
+        weights = torch.load(self.model)
+        token = 5
+        weights["emb.weight"][token] = math.nan
+        torch.save(weights, self.folder / "nan.pth")
+        self.write_corpus("spoilt", [[1, 2, 3], [1, token, 3], [3, 2, 1]])
+        options = ("eval", "--model", "nan.pth", "--data", "spoilt", "--by-document")
+        done = support.run(*options, "--json", cwd=self.folder)
+        self.assertEqual(done.returncode, 1)
+        self.assertIn("nan.pth: its loss is not a number, expected a finite number",
+                      support.error_message(done.stderr))
+        result = json.loads(done.stdout)
+        self.assertIsNone(result["loss"])
+        self.assertEqual(result["documents"]["worst"][0]["document"], 1)
+        self.assertIsNone(result["documents"]["worst"][0]["loss"])
+        self.assertGreater(result["documents"]["worst"][1]["loss"], 0)
+        done = support.run(*options, cwd=self.folder)
+        self.assertRegex(done.stdout, rb"loss -?nan  perplexity +-?nan  document 1,")
+
     def test_are_read_in_windows_across_documents_unless_asked(self):
         result = json.loads(rookery("eval", "--model", self.model, "--data", "corpus",
                                     "--ctx-len", 20, "--json", cwd=self.folder))
@@ -337,7 +372,38 @@ class Bench(support.Folder):
         printed = rookery("bench", "tokenizer", "--megabytes", 1, "--tokenizer", "bytes").decode()
         self.assertRegex(printed, r"(?m)^tokenizer bytes +\d\S* \[\S+-\S+\] +\S+ +1000000 ")
 
-    TINY = ("--shape", "S", "--n-layer", 1, "--n-embd", 24, "--vocab", 50, "--repeats", 2)
+    TINY = ("--shape", "S", "--n-layer", 1, "--n-embd", 24, "--vocab", 50, "--repeats", 2,
+            "--threads", 1)
+    # Large enough that rates, not calls, decide over the times.
+    SMALL = ("--shape", "S", "--n-layer", 2, "--n-embd", 384, "--repeats", 5, "--threads", 1)
+
+    def test_never_goes_below_a_floor(self):
+        batch = ("--batch", 8, "--ctx-len", 48)
+        for arguments in (("ops", *self.SMALL, *batch), ("step", *self.SMALL, *batch),
+                          ("decode", *self.SMALL, "--prompt-len", 64)):
+            for row in self.rows(*arguments):
+                with self.subTest(row["what"]):
+                    self.assertLess(row["floor_ms"], 1.05 * row["min_ms"], row)
+
+    def test_takes_a_thread_a_core_whatever_the_environment_says(self):
+        # Where tests run, OMP_NUM_THREADS is 1.
+        arguments = [one for one in self.TINY if one != "--threads"][:-1]
+        (row,) = self.rows("step", *arguments, "--batch", 1, "--ctx-len", 2, "--dtype", "fp32")
+        self.assertEqual(row["conditions"]["threads"], len(os.sched_getaffinity(0)))
+
+    def test_says_what_the_figures_depend_on(self):
+        for what, rates in (("step", {"matmul_gflops_per_s", "update_gb_per_s"}),
+                            ("decode", {"matmul_gflops_per_s", "read_gb_per_s"}),
+                            ("ops", {"update_gb_per_s", "read_gb_per_s"})):
+            for row in self.rows(what, *self.TINY, "--dtype", "fp32"):
+                self.assertEqual(set(row["conditions"]), {"threads"} | rates)
+                self.assertEqual(row["conditions"]["threads"], 1)
+                self.assertGreater(min(row["conditions"].values()), 0)
+
+    def test_counts_the_memory_of_a_step_without_the_code_of_libraries(self):
+        (row,) = self.rows("step", *self.TINY, "--batch", 1, "--ctx-len", 2, "--dtype", "fp32")
+        # The model takes less than one of them; the code that a step runs is 25 MB.
+        self.assertLess(row["peak_mb"], 15)
 
     def test_of_a_step_and_of_decoding_give_times_beside_floors(self):
         rows = self.rows("step", *self.TINY, "--batch", 2, "--ctx-len", 5)

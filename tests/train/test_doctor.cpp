@@ -96,7 +96,9 @@ TEST(Doctor, JudgesTheDisk) {
   facts.disk.write_bytes_per_s.reset();
   facts.disk.error = "Read-only file system";
   EXPECT_THAT(check_of(facts, "disk").found, HasSubstr("Read-only file system"));
-  EXPECT_THAT(check_of(facts, "disk").advice, HasSubstr("train.run_dir"));
+  EXPECT_THAT(check_of(facts, "disk").advice, HasSubstr("train.run_dir to a folder"));
+  facts.disk.is_full = true;
+  EXPECT_THAT(check_of(facts, "disk").advice, HasSubstr("free some space"));
 }
 
 TEST(Doctor, HasAnAdviceForEverySmallThing) {

@@ -1,5 +1,6 @@
 #include <cmath>
 #include <functional>
+#include <limits>
 #include <numeric>
 
 #include <ATen/ATen.h>
@@ -231,7 +232,7 @@ TEST(DocumentsOf, TextFilesAreWholeAndShowTheirOpening) {
   const test::TempFolder folder;
   const std::string long_text(3'000'000, 'x');
   test::write_file(folder.path("a.txt"), long_text);
-  test::write_file(folder.path("b.jsonl"), "{\"text\": \"Gr\\u00fc\\u00dfe\\nan\"}\n");
+  test::write_file(folder.path("b.jsonl"), "{\"text\": \"Gr\\u00fc\\u00dfe\\nan\\u202e\"}\n");
   TextReader reader({folder.path("a.txt"), folder.path("b.jsonl")}, {});
   const ByteTokenizer tokenizer;
   const auto source = documents_of(reader, tokenizer);
@@ -240,8 +241,8 @@ TEST(DocumentsOf, TextFilesAreWholeAndShowTheirOpening) {
   EXPECT_EQ(first->text_bytes, 3'000'000);
   EXPECT_EQ(first->opening, std::string(60, 'x'));
   const auto second = source();
-  EXPECT_EQ(second->text_bytes, 10);
-  EXPECT_EQ(second->opening, "Grüße an");
+  EXPECT_EQ(second->text_bytes, 13);
+  EXPECT_EQ(second->opening, "Grüße an   ");
   EXPECT_EQ(source(), std::nullopt);
 }
 
@@ -261,6 +262,33 @@ TEST(Summarise, InterpolatesQuantilesAndListsTheWorstFirst) {
   };
   EXPECT_THAT(summary.worst, ElementsAre(number(3), number(5), number(4)));
   EXPECT_EQ(summarise(std::span(documents).first(1), 3).worst.size(), 1u);
+}
+
+TEST(Summarise, TakesWhatIsNotANumberForTheWorst) {
+  constexpr double kNan = std::numeric_limits<double>::quiet_NaN();
+  constexpr double kInf = std::numeric_limits<double>::infinity();
+  std::vector<DocumentLoss> documents;
+  for (const double loss : {kNan, 1.0, kInf, 2.0, kNan, 3.0, kInf, kInf, kInf}) {
+    documents.push_back({.document = std::ssize(documents), .num_tokens = 1, .loss = loss});
+  }
+  const DocumentSummary summary = summarise(documents, 4);
+  std::vector<int64_t> worst;
+  for (const DocumentLoss& document : summary.worst) {
+    worst.push_back(document.document);
+  }
+  EXPECT_THAT(worst, ElementsAre(0, 4, 2, 6));
+  // Sorted: 1 2 3 inf inf inf inf nan nan.
+  EXPECT_EQ(summary.quantiles.front(), 1);
+  EXPECT_EQ(summary.quantiles[2], 3);
+  EXPECT_EQ(summary.quantiles[3], kInf);
+  EXPECT_EQ(summary.quantiles[4], kInf);
+  EXPECT_TRUE(std::isnan(summary.quantiles.back()));
+}
+
+TEST(Summarise, InterpolatesNothingBetweenInfinities) {
+  constexpr double kInf = std::numeric_limits<double>::infinity();
+  const std::vector<DocumentLoss> documents(2, {.num_tokens = 1, .loss = kInf});
+  EXPECT_THAT(summarise(documents, 1).quantiles, testing::Each(kInf));
 }
 
 TEST(EvaluateLambada, CountsTheLastWordAsOneGuess) {

@@ -1,3 +1,4 @@
+#include <algorithm>
 #include <filesystem>
 #include <stdexcept>
 #include <vector>
@@ -5,6 +6,7 @@
 #include <gmock/gmock.h>
 #include <gtest/gtest.h>
 
+#include "data/mapped_file.h"
 #include "tests/support/test_data.h"
 #include "train/machine.h"
 
@@ -60,6 +62,47 @@ TEST_F(FakeMachine, OfAContainerHasTheLimitsOfTheRoot) {
   EXPECT_EQ(describe().memory_bytes, 1000000000);
 }
 
+TEST_F(FakeMachine, HasWhatItsGroupsLeaveFree) {
+  put("proc/self/cgroup", "0::/a/job\n");
+  put("sys/fs/cgroup/a/memory.max", "4000000000\n");
+  put("sys/fs/cgroup/a/memory.current", "3000000000\n");
+  // Some of it is the pages of files, which give way.
+  put("sys/fs/cgroup/a/memory.stat", "anon 2000000000\ninactive_file 600000000\n");
+  EXPECT_EQ(available_memory_bytes(folder_.path()), 1600000000);
+  put("sys/fs/cgroup/a/job/memory.max", "max\n");
+  put("sys/fs/cgroup/a/job/memory.current", "2900000000\n");
+  EXPECT_EQ(available_memory_bytes(folder_.path()), 1600000000);
+  put("sys/fs/cgroup/a/job/memory.max", "2800000000\n");
+  EXPECT_EQ(available_memory_bytes(folder_.path()), 0);
+}
+
+TEST_F(FakeMachine, HasTheLimitsOfGroupsOfTheOlderVersion) {
+  put("proc/self/cgroup", "4:memory:/slurm/job\n3:cpuset:/\n1:cpu,cpuacct:/slurm/job\n0::/\n");
+  put("sys/fs/cgroup/memory/memory.limit_in_bytes", "9223372036854771712\n");
+  put("sys/fs/cgroup/memory/slurm/job/memory.limit_in_bytes", "4000000000\n");
+  put("sys/fs/cgroup/memory/slurm/job/memory.usage_in_bytes", "3000000000\n");
+  put("sys/fs/cgroup/memory/slurm/job/memory.stat",
+      "inactive_file 1\ntotal_inactive_file 200000000\n");
+  put("sys/fs/cgroup/cpu/slurm/cpu.cfs_quota_us", "-1\n");
+  put("sys/fs/cgroup/cpu/slurm/cpu.cfs_period_us", "100000\n");
+  put("sys/fs/cgroup/cpu/slurm/job/cpu.cfs_quota_us", "50000\n");
+  put("sys/fs/cgroup/cpu/slurm/job/cpu.cfs_period_us", "100000\n");
+  EXPECT_EQ(describe().memory_bytes, 4000000000);
+  EXPECT_EQ(available_memory_bytes(folder_.path()), 1200000000);
+  EXPECT_EQ(describe().cpu_quota, 0.5);
+}
+
+TEST_F(FakeMachine, HasWhatTheLimitOfAddressSpaceLeaves) {
+  put("proc/self/status", "Name:\trookery\nVmSize:\t  500000 kB\n");
+  put("proc/self/limits",
+      "Limit                     Soft Limit           Hard Limit           Units     \n"
+      "Max resident set          1                    unlimited            bytes     \n"
+      "Max address space         1500000000           unlimited            bytes     \n");
+  EXPECT_EQ(available_memory_bytes(folder_.path()), 1500000000 - 500000 * 1024);
+  put("proc/self/limits", "Max address space         unlimited            unlimited    bytes\n");
+  EXPECT_EQ(available_memory_bytes(folder_.path()), 8000000LL * 1024);
+}
+
 TEST_F(FakeMachine, WithoutALimitHasItsMemory) {
   put("sys/fs/cgroup/memory.max", "max\n");
   // What the older kind of group says where there is no limit.
@@ -89,6 +132,26 @@ TEST(PeakResident, GrowsByWhatIsTouched) {
   EXPECT_GT(peak_resident_bytes(), static_cast<int64_t>(kBytes));
   EXPECT_GE(peak_resident_bytes() + (int64_t{16} << 20), before + touched.back());
   EXPECT_LT(peak_resident_bytes(), int64_t{4} << 30);
+}
+
+TEST(PeakAnonymous, GrowsByWhatIsTouchedButNotByTheCodeOfFiles) {
+  constexpr size_t kBytes = size_t{64} << 20;
+  const test::TempFolder folder;
+  test::write_file(folder.path("f"), std::string(kBytes, 'x'));
+  // Forgets the peak: tests of this program that ran before may have been larger.
+  test::write_file("/proc/self/clear_refs", "5");
+  const int64_t before = anonymous_bytes();
+  const int64_t resident_before = peak_resident_bytes();
+  const MappedFile file(folder.path("f"));
+  EXPECT_EQ(std::ranges::count(file.bytes(), std::byte{'x'}), std::ssize(file.bytes()));
+  EXPECT_LT(anonymous_bytes() - before, int64_t{8} << 20);
+  const std::vector<char> touched(kBytes, 1);
+  const int64_t peak = peak_anonymous_bytes();
+  EXPECT_GE(anonymous_bytes() - before, std::ssize(touched));
+  EXPECT_NEAR(static_cast<double>(peak - before),
+              static_cast<double>(std::ssize(touched)),
+              static_cast<double>(8 << 20));
+  EXPECT_GT(peak_resident_bytes() - resident_before, std::ssize(touched) + (int64_t{56} << 20));
 }
 
 TEST(FreeDisk, IsThatOfTheFolderAboveOneThatIsNotThere) {

@@ -20,7 +20,11 @@ nlohmann::ordered_json to_json(const BenchRow& row) {
                                 {"median_ms", row.ms.median},
                                 {"min_ms", row.ms.min},
                                 {"max_ms", row.ms.max},
-                                {"repeats", row.ms.repeats}};
+                                {"repeats", row.ms.repeats},
+                                {"conditions", nlohmann::ordered_json::object()}};
+  for (const auto& [name, value] : row.conditions) {
+    object["conditions"][name] = value;
+  }
   for (const auto& [name, value] : row.figures) {
     object[name] = value;
   }
@@ -34,9 +38,12 @@ BenchRow from_json(const nlohmann::ordered_json& object) {
                       .max = object.at("max_ms"),
                       .repeats = object.at("repeats")},
                .figures = {}};
+  for (const auto& item : object.at("conditions").items()) {
+    row.conditions.emplace_back(item.key(), item.value());
+  }
   size_t index = 0;
   for (const auto& item : object.items()) {
-    if (index++ >= 5) {
+    if (index++ >= 6) {
       row.figures.emplace_back(item.key(), item.value());
     }
   }
@@ -92,7 +99,10 @@ int hand_over_rows(const std::function<std::vector<BenchRow>()>& work, int descr
 
 Spread spread_of(std::vector<double> milliseconds) {
   std::sort(milliseconds.begin(), milliseconds.end());
-  return {.median = milliseconds[milliseconds.size() / 2],
+  const size_t half = milliseconds.size() / 2;
+  return {.median = milliseconds.size() % 2 == 1
+                        ? milliseconds[half]
+                        : (milliseconds[half - 1] + milliseconds[half]) / 2,
           .min = milliseconds.front(),
           .max = milliseconds.back(),
           .repeats = static_cast<int64_t>(milliseconds.size())};

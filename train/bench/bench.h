@@ -17,23 +17,30 @@ struct Spread {
   double max = 0;
   int64_t repeats = 0;
 };
-// Of at least one timing.
+// Of at least one timing; the median of an even number is between the two in the middle.
 Spread spread_of(std::vector<double> milliseconds);
 
 double milliseconds_of(const std::function<void()>& work);
 // Calls `work` `warm_up` times, then times it `repeats` times.
 Spread time_repeated(int64_t warm_up, int64_t repeats, const std::function<void()>& work);
 
-// One line of a benchmark's table; figures carry their units in their names ("floor_ms").
+// Figures carry their units in their names ("floor_ms").
+using Figures = std::vector<std::pair<std::string, double>>;
+
+// One line of a benchmark's table.
 struct BenchRow {
   std::string what;
   Spread ms;
-  std::vector<std::pair<std::string, double>> figures;
+  Figures figures;
+  // What the figures depend on: "threads", and the rates of the machine that floors are made of.
+  // Not in the table, which they would widen beyond a terminal.
+  Figures conditions = {};
 };
 
 // A table to read: `what`, the median with its spread, then a column for every figure.
 std::string format_rows(const std::vector<BenchRow>& rows);
-// The same as a JSON array of objects: what, median_ms, min_ms, max_ms, repeats and the figures.
+// The same as a JSON array of objects: what, median_ms, min_ms, max_ms, repeats, the object
+// "conditions" and the figures.
 std::string rows_to_json(const std::vector<BenchRow>& rows);
 
 // Runs `work` in a process of its own and returns its rows: what one benchmark leaves in memory and

@@ -1,6 +1,9 @@
 #include "train/bench/bench_model.h"
 
+#include <algorithm>
+
 #include <ATen/ATen.h>
+#include <ATen/Parallel.h>
 
 #include "model/loss.h"
 #include "model/rwkv_model.h"
@@ -48,7 +51,8 @@ double optimizer_bytes(double parameters, at::ScalarType dtype) {
   return parameters * (7 * sizeof(float) + (dtype == at::kBFloat16 ? element_size(dtype) : 0));
 }
 
-// Weights, gradients and moments, and what backward reads again: x, three mixed inputs, k, v, r and
+// Weights, gradients and moments, and what backward reads again (not the transients: what an op
+// needs while it runs, and the gradients of activations): x, three mixed inputs, k, v, r and
 // the gated wkv; the sum with attention, two mixed inputs, r, its partner and dim_ffn wide the
 // hidden row; then ln_out's input and output and the logits.
 double formula_bytes(RwkvModel model, const StepShape& shape, at::ScalarType dtype) {
@@ -83,7 +87,7 @@ std::string describe(const ModelConfig& config, at::ScalarType dtype) {
 }
 
 BenchRow bench_step(const StepShape& shape, at::ScalarType dtype, int64_t repeats) {
-  const int64_t held_before = resident_bytes();
+  const int64_t held_before = anonymous_bytes();
   RwkvModel model = random_model(shape.model);
   Optimizer optimizer(model, {}, dtype);
   const at::Tensor tokens_BT =
@@ -109,14 +113,14 @@ BenchRow bench_step(const StepShape& shape, at::ScalarType dtype, int64_t repeat
     return spread_of({times.begin() + kWarmUp, times.end()}).median;
   };
 
-  const auto peak_bytes = static_cast<double>(peak_resident_bytes() - held_before);
+  const auto peak_bytes = static_cast<double>(peak_anonymous_bytes() - held_before);
   // After the peak was read: they allocate, too.
   const double matmul_rate = matmul_flops_per_s(dtype);
-  const double copy_rate = copy_bytes_per_s();
+  const double update_rate = update_bytes_per_s();
   const auto tokens = static_cast<double>(tokens_BT.numel());
   const double floor_s =
       6 * tokens * matrix_elements(model) / matmul_rate +
-      optimizer_bytes(static_cast<double>(model->num_parameters()), dtype) / copy_rate;
+      optimizer_bytes(static_cast<double>(model->num_parameters()), dtype) / update_rate;
   return {.what = "step " + describe(shape.model, dtype) + " B" + std::to_string(shape.batch_size) +
                   " T" + std::to_string(shape.model.ctx_len),
           .ms = ms,
@@ -126,18 +130,30 @@ BenchRow bench_step(const StepShape& shape, at::ScalarType dtype, int64_t repeat
                       {"backward_ms", median_of_timed(backward_ms)},
                       {"rest_ms", median_of_timed(rest_ms)},
                       {"peak_mb", peak_bytes / 1e6},
-                      {"formula_mb", formula_bytes(model, shape, dtype) / 1e6}}};
+                      {"formula_mb", formula_bytes(model, shape, dtype) / 1e6}},
+          .conditions = {{"threads", at::get_num_threads()},
+                         {"matmul_gflops_per_s", matmul_rate / 1e9},
+                         {"update_gb_per_s", update_rate / 1e9}}};
 }
 
 std::vector<BenchRow> bench_decode(const ModelConfig& config,
                                    int64_t prompt_len,
                                    at::ScalarType dtype,
                                    int64_t repeats) {
-  const double matmul_rate = matmul_flops_per_s(dtype);
-  const double read_rate = read_bytes_per_s();
   const c10::InferenceMode inference;
   RwkvModel model = random_model(config);
   model->set_dtype(dtype);
+  // Weights that fit into a cache stay there from token to token, so that the rate is that of as
+  // many bytes.
+  const double weight_bytes = bytes_read_by_a_token(model);
+  double read_rate = 0;
+  double matmul_rate = 0;
+  // Before and after, and the best counts: another program's burst could make a floor too high.
+  const auto measure_rates = [&] {
+    read_rate = std::max(read_rate, read_bytes_per_s(static_cast<int64_t>(weight_bytes)));
+    matmul_rate = std::max(matmul_rate, matmul_flops_per_s(dtype));
+  };
+  measure_rates();
   const at::Tensor prompt_1T = at::randint(config.vocab_size, {1, prompt_len}, at::kLong);
 
   State state = model->initial_state(1);
@@ -146,6 +162,8 @@ std::vector<BenchRow> bench_decode(const ModelConfig& config,
   });
   const Spread token_ms = time_repeated(
       16, repeats, [&] { state = model->forward_last(prompt_1T.slice(1, 0, 1), state).state; });
+
+  measure_rates();
 
   // The head runs for the prompt's last token alone.
   const auto head_elements = static_cast<double>(config.vocab_size * config.n_embd);
@@ -156,13 +174,16 @@ std::vector<BenchRow> bench_decode(const ModelConfig& config,
     return BenchRow{
         .what = what + " " + describe(config, dtype),
         .ms = ms,
-        .figures = {{"tokens_per_s", tokens / ms.median * 1000}, {"floor_ms", floor_s * 1000}}};
+        .figures = {{"tokens_per_s", tokens / ms.median * 1000}, {"floor_ms", floor_s * 1000}},
+        .conditions = {{"threads", at::get_num_threads()},
+                       {"matmul_gflops_per_s", matmul_rate / 1e9},
+                       {"read_gb_per_s", read_rate / 1e9}}};
   };
   return {row("prefill of " + std::to_string(prompt_len),
               prefill_ms,
               static_cast<double>(prompt_len),
-              prefill_flops / matmul_rate),
-          row("decode a token", token_ms, 1, bytes_read_by_a_token(model) / read_rate)};
+              std::max(prefill_flops / matmul_rate, weight_bytes / read_rate)),
+          row("decode a token", token_ms, 1, weight_bytes / read_rate)};
 }
 
 }  // namespace rwkv

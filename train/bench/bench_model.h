@@ -18,14 +18,16 @@ struct StepShape {
 // A training step as the trainer makes it: forward, backward, then the rest (gradient norm,
 // clipping, update). Figures:
 //   tokens_per_s, floor_ms (matrix products at the matmul rate, then the optimizer's bytes at the
-//   copy rate), forward_ms, backward_ms, rest_ms (medians),
-//   peak_mb of memory above what the process held before the model, and formula_mb: weights,
-//   gradients, moments and the activations that backward needs.
+//   update rate), forward_ms, backward_ms, rest_ms (medians),
+//   peak_mb of memory above what the process held before the model, without the code of libraries,
+//   and formula_mb: weights, gradients, moments and the activations that backward needs, but not
+//   the transients, what an op or the backward pass needs for a moment.
 BenchRow bench_step(const StepShape& shape, at::ScalarType dtype, int64_t repeats);
 
 // Two rows, batch 1: a prefill of `prompt_len` tokens in one pass, and one token after another with
-// the state handed on. Figures: tokens_per_s, floor_ms (prefill: the matrix products; a token: the
-// bytes of the weights it reads, at the read rate).
+// the state handed on. Figures: tokens_per_s, floor_ms (a token: the bytes of the weights it
+// reads, at the rate at which as many are read again and again; prefill: the same, or the matrix
+// products at the matmul rate where these take longer).
 std::vector<BenchRow> bench_decode(const ModelConfig& config,
                                    int64_t prompt_len,
                                    at::ScalarType dtype,

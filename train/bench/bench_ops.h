@@ -11,9 +11,11 @@
 namespace rwkv {
 
 // A row for every op at the sizes that a training step of the shape gives it (adamw_: as many
-// numbers as a matrix of the channel mix; few_rows_linear: the head, for one token). Figures:
+// numbers as the model has parameters; few_rows_linear: the head, for one token). Before each
+// timing the caches are filled with something else. Figures:
 //   plain_ms  the same maths in Torch's own ops, median of as many repeats, taking turns
-//   floor_ms  the bytes that must be read and written, at the copy rate
+//   floor_ms  the bytes of the operands, once, at the update rate or the read rate, whichever is
+//             higher (few_rows_linear: the read rate)
 std::vector<BenchRow> bench_ops(const StepShape& shape, at::ScalarType dtype, int64_t repeats);
 
 }  // namespace rwkv

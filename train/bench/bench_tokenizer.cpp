@@ -82,7 +82,8 @@ BenchRow bench_tokenizer(const std::string& spec,
           .ms = encode,
           .figures = {{"mb_per_s", bytes / 1e6 / (encode.median / 1000)},
                       {"tokens", static_cast<double>(tokens)},
-                      {"load_ms", load.median}}};
+                      {"load_ms", load.median}},
+          .conditions = {{"threads", 1}}};
 }
 
 std::vector<std::string> read_documents(TextReader& reader) {

@@ -13,6 +13,7 @@
 #include "train/bench/bench_startup.h"
 #include "train/bench/bench_tokenizer.h"
 #include "train/commands/commands.h"
+#include "train/machine.h"
 
 namespace rwkv {
 namespace {
@@ -111,9 +112,10 @@ std::vector<BenchRow> rows_of_all(const ParseResult& parsed,
   for (const StepShape& shape : shapes) {
     for (const at::ScalarType dtype : dtypes_of(parsed)) {
       const auto rows = in_own_process([&] {
-        if (parsed.count("threads") > 0) {
-          at::set_num_threads(static_cast<int>(positive(parsed, "threads")));
-        }
+        // Set in any case: LibTorch's own default follows OMP_NUM_THREADS.
+        const int64_t threads =
+            parsed.count("threads") > 0 ? positive(parsed, "threads") : describe_machine().cores;
+        at::set_num_threads(static_cast<int>(threads));
         return rows_of(shape, dtype);
       });
       all.insert(all.end(), rows.begin(), rows.end());
@@ -265,7 +267,9 @@ constexpr Benchmark kBenchmarks[] = {
 };
 
 void print_help() {
-  std::cout << "Times parts of rookery on this machine, beside floors measured in the same run.\n\n"
+  std::cout << "Times parts of rookery on this machine; where there is a floor, it is measured in "
+               "the same\n"
+            << "run.\n\n"
             << "Usage:\n  rookery bench WHAT [OPTION...]\n\nWHAT is one of\n";
   for (const Benchmark& benchmark : kBenchmarks) {
     std::cout << "  " << benchmark.name << std::string(12 - benchmark.name.size(), ' ')

@@ -34,8 +34,10 @@ int doctor_command(int argc, char** argv) {
   if (!parsed) {
     return 0;
   }
+  // Loaded first: the address space that it takes is then no longer free.
+  const LibTorchFacts libtorch = find_libtorch();
   HealthFacts facts = find_facts(".");
-  facts.libtorch = find_libtorch();
+  facts.libtorch = libtorch;
   const std::vector<Check> checks = examine(facts);
   std::cout << (parsed->count("json") > 0 ? checks_as_json(facts, checks) : checks_as_text(checks));
   return can_train(checks) ? 0 : kExitFailed;

@@ -1,5 +1,7 @@
 #include <chrono>
+#include <cmath>
 #include <optional>
+#include <stdexcept>
 
 #include <ATen/ATen.h>
 
@@ -51,7 +53,8 @@ cxxopts::Options describe_options() {
   add("baseline",
       "PREFIX of a corpus to count: adds unigram and bigram models of it to compare with",
       cxxopts::value<std::string>());
-  add("by-document", "how the loss differs between documents, and the worst of them");
+  add("by-document",
+      "how the loss differs between documents, and the worst of them; with --json each of them");
   add("by-position", "how the loss falls with the tokens read before");
   add("ctx-len",
       "tokens predicted from an empty state; default: what the model was trained with, else 1024",
@@ -132,10 +135,11 @@ Evaluated open(const cxxopts::ParseResult& parsed) {
           .options = std::move(options)};
 }
 
-EvalOutput::Documents summarised(const DocumentEvaluation& evaluation) {
-  return {.count = std::ssize(evaluation.documents),
+EvalOutput::Documents summarised(DocumentEvaluation& evaluation) {
+  const DocumentSummary summary = summarise(evaluation.documents, kNumWorst);
+  return {.each = std::move(evaluation.documents),
           .num_passed_over = evaluation.num_passed_over,
-          .summary = summarise(evaluation.documents, kNumWorst)};
+          .summary = summary};
 }
 
 std::optional<double> bytes_a_token(int64_t bytes, int64_t tokens) {
@@ -189,7 +193,7 @@ EvalOutput evaluate_corpus_documents(const Evaluated& evaluated, const BinidxFil
   const std::optional<int32_t> end = record      ? record->end_of_document
                                      : tokenizer ? tokenizer->end_of_document()
                                                  : std::nullopt;
-  const DocumentEvaluation evaluation = evaluate_documents(
+  DocumentEvaluation evaluation = evaluate_documents(
       evaluated.model,
       documents_of(corpus, evaluated.model->config().vocab_size, end, tokenizer.get()),
       end,
@@ -220,10 +224,10 @@ EvalOutput evaluate_text(const Evaluated& evaluated,
   const auto tokenizer = open_tokenizer_of(evaluated.file, evaluated.tokenizer_spec);
   require_vocabulary_for(*tokenizer, evaluated.model->config().vocab_size);
   TextReader reader(paths, {.jsonl_key = parsed["jsonl-key"].as<std::string>()});
-  const DocumentEvaluation evaluation = evaluate_documents(evaluated.model,
-                                                           documents_of(reader, *tokenizer),
-                                                           tokenizer->end_of_document(),
-                                                           evaluated.options);
+  DocumentEvaluation evaluation = evaluate_documents(evaluated.model,
+                                                     documents_of(reader, *tokenizer),
+                                                     tokenizer->end_of_document(),
+                                                     evaluated.options);
   EvalOutput output{.evaluation = evaluation.tokens};
   for (const std::string& path : paths) {
     output.source += (output.source.empty() ? "" : ", ") + path;
@@ -235,6 +239,16 @@ EvalOutput evaluate_text(const Evaluated& evaluated,
     output.documents = summarised(evaluation);
   }
   return output;
+}
+
+// After it was printed: what is wrong shows in the other figures.
+void require_finite(double figure, const char* name, const std::string& model) {
+  if (!std::isfinite(figure)) {
+    throw std::runtime_error(model + ": its " + name + " is " +
+                             (std::isnan(figure) ? "not a number" : "infinite") +
+                             ", expected a finite number; rookery inspect " + model +
+                             " shows whether weights are not finite");
+  }
 }
 
 void run_lambada(const Evaluated& evaluated, const std::string& path, bool json) {
@@ -250,6 +264,7 @@ void run_lambada(const Evaluated& evaluated, const std::string& path, bool json)
   } else {
     print_text(result, path);
   }
+  require_finite(result.perplexity, "perplexity", evaluated.file.path);
 }
 
 }  // namespace
@@ -279,6 +294,7 @@ int eval_command(int argc, char** argv) {
   } else {
     print_text(output);
   }
+  require_finite(output.evaluation.loss, "loss", output.model);
   return 0;
 }
 

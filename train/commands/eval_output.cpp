@@ -38,8 +38,9 @@ void print_documents(const DocumentSummary& summary) {
   }
   std::printf("\n");
   for (const DocumentLoss& document : summary.worst) {
-    std::printf("worst      loss %.4f  document %lld, %lld tokens",
+    std::printf("worst      loss %.4f  perplexity %10.2f  document %lld, %lld tokens",
                 document.loss,
+                std::exp(document.loss),
                 printable(document.document),
                 printable(document.num_tokens));
     if (!document.opening.empty()) {
@@ -51,7 +52,10 @@ void print_documents(const DocumentSummary& summary) {
 
 void print_positions(const std::vector<PositionLoss>& positions) {
   for (const PositionLoss& range : positions) {
-    std::printf("position   loss %.4f  after %lld", range.loss, printable(range.first));
+    std::printf("position   loss %.4f  perplexity %10.2f  after %lld",
+                range.loss,
+                std::exp(range.loss),
+                printable(range.first));
     if (range.last > range.first) {
       std::printf(" to %lld", printable(range.last));
     }
@@ -68,8 +72,19 @@ Json losses(double loss, const std::optional<double>& bytes_per_token) {
   return json;
 }
 
+Json to_json(const DocumentLoss& document) {
+  std::optional<double> bytes_per_token;
+  if (document.text_bytes) {
+    bytes_per_token =
+        static_cast<double>(*document.text_bytes) / static_cast<double>(document.num_tokens);
+  }
+  Json json{{"document", document.document}, {"tokens", document.num_tokens}};
+  json.update(losses(document.loss, bytes_per_token));
+  return json;
+}
+
 Json to_json(const EvalOutput::Documents& documents) {
-  Json json{{"count", documents.count},
+  Json json{{"count", documents.each.size()},
             {"passed_over", documents.num_passed_over},
             {"mean_loss", documents.summary.mean}};
   for (size_t i = 0; i < documents.summary.quantiles.size(); ++i) {
@@ -77,10 +92,11 @@ Json to_json(const EvalOutput::Documents& documents) {
         {{"share", kQuantiles[i]}, {"loss", documents.summary.quantiles[i]}});
   }
   for (const DocumentLoss& document : documents.summary.worst) {
-    json["worst"].push_back({{"document", document.document},
-                             {"tokens", document.num_tokens},
-                             {"loss", document.loss},
-                             {"opening", document.opening}});
+    json["worst"].push_back(to_json(document));
+    json["worst"].back()["opening"] = document.opening;
+  }
+  for (const DocumentLoss& document : documents.each) {
+    json["each"].push_back(to_json(document));
   }
   return json;
 }
@@ -91,7 +107,8 @@ Json to_json(const std::vector<PositionLoss>& positions) {
     json.push_back({{"first", range.first},
                     {"last", range.last},
                     {"tokens", range.num_tokens},
-                    {"loss", range.loss}});
+                    {"loss", range.loss},
+                    {"perplexity", std::exp(range.loss)}});
   }
   return json;
 }
@@ -109,7 +126,7 @@ void print_text(const EvalOutput& output) {
               printable(output.evaluation.num_tokens),
               printable(output.ctx_len));
   if (output.documents) {
-    std::printf("%lld documents, each by itself", printable(output.documents->count));
+    std::printf("%lld documents, each by itself", printable(std::ssize(output.documents->each)));
     if (output.documents->num_passed_over > 0) {
       std::printf("; %lld without a token to predict",
                   printable(output.documents->num_passed_over));

@@ -25,7 +25,7 @@ struct EvalOutput {
 
   bool with_positions = false;
   struct Documents {
-    int64_t count = 0;
+    std::vector<DocumentLoss> each;  // in the order of the source
     int64_t num_passed_over = 0;
     DocumentSummary summary;
   };

@@ -61,6 +61,18 @@ TEST(TensorStatistics, OfSeveralPiecesAreOne) {
   EXPECT_EQ(statistics.max, 100'000);
   EXPECT_EQ(statistics.num_zeros, 1);
   EXPECT_NEAR(statistics.mean, 0, 1e-9);
+  EXPECT_NEAR(statistics.std, std::sqrt((200'001.0 * 200'001 - 1) / 12), 1e-7);
+}
+
+TEST(TensorStatistics, KnowANarrowSpreadFarFromZero) {
+  // More than a piece.
+  std::vector<double> values(70'000);
+  for (size_t i = 0; i < values.size(); ++i) {
+    values[i] = 1e6 + (i % 2 == 0 ? 1e-3 : -1e-3);
+  }
+  const TensorStatistics statistics = statistics_of(vector_of(values, WeightDtype::kF64));
+  EXPECT_NEAR(statistics.std, 1e-3, 1e-9);
+  EXPECT_NEAR(statistics.mean, 1e6, 1e-9);
 }
 
 TEST(TensorStatistics, ReadEveryDtype) {
@@ -86,9 +98,14 @@ TEST(TensorStatistics, OfAViewAreOfItsElements) {
   EXPECT_EQ(statistics_of(tensor).mean, 1.5);
 }
 
-TEST(TensorStatistics, OfNothingAreZero) {
-  EXPECT_EQ(statistics_of(vector_of<float>({}, WeightDtype::kF32)).max, 0);
-  EXPECT_EQ(statistics_of(vector_of<float>({kNan}, WeightDtype::kF32)).min, 0);
+TEST(TensorStatistics, OfNothingAreNotNumbers) {
+  for (const auto& values : {std::vector<float>{}, std::vector<float>{kNan, kInf}}) {
+    const TensorStatistics statistics = statistics_of(vector_of(values, WeightDtype::kF32));
+    for (const double figure :
+         {statistics.min, statistics.max, statistics.mean, statistics.std, statistics.norm}) {
+      EXPECT_TRUE(std::isnan(figure));
+    }
+  }
 }
 
 }  // namespace
