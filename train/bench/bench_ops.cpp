@@ -30,9 +30,10 @@ struct OpCase {
   Tensors inputs;
   Function ours;
   Function plain;
-  // Of the operands, once. What lies between forward and backward, and results, may stay in a
-  // cache.
-  double bytes;
+  // That the passes read and write, each way counted; and of them the operands, once: results, and
+  // what lies between forward and backward, may stay in a cache.
+  double moved_bytes;
+  double operand_bytes;
   bool reads_alone = false;
 };
 
@@ -159,6 +160,7 @@ std::vector<OpCase> training_cases(const StepShape& shape, at::ScalarType dtype)
          return Tensors{out.sum_BTC, out.mixed_J[0], out.mixed_J[1]};
        },
        &plain_shift_mix,
+       10 * plane,
        2 * plane},
       {"wkv4 with gate",
        {leaf(-at::rand({C})),
@@ -171,17 +173,20 @@ std::vector<OpCase> training_cases(const StepShape& shape, at::ScalarType dtype)
          return Tensors{ops::wkv4(in[0], in[1], in[2], in[3], in[4], in[5]).y_BTA};
        },
        &plain_wkv4,
+       11 * plane,
        3 * plane},
       {"gated_residual",
        {normal({B, T, C}), normal({B, T, C}), normal({B, T, C})},
        [](const Tensors& in) { return Tensors{ops::gated_residual(in[0], in[1], in[2])}; },
        [](const Tensors& in) { return Tensors{in[0] + in[1].sigmoid() * in[2]}; },
+       9 * plane,
        3 * plane},
       // In place, so both get a copy.
       {"relu_squared_",
        {normal({B, T, 4 * C})},
        [](const Tensors& in) { return Tensors{ops::relu_squared_(in[0].clone())}; },
        [](const Tensors& in) { return Tensors{in[0].clone().relu().square()}; },
+       7 * 4 * plane,
        4 * plane},
       {"cross_entropy",
        {normal({B * T, V})},
@@ -192,12 +197,14 @@ std::vector<OpCase> training_cases(const StepShape& shape, at::ScalarType dtype)
          return Tensors{
              at::nll_loss(at::log_softmax(in[0].clone().to(at::kFloat), 1), tokens_BT.flatten())};
        },
+       5 * logits,
        logits},
       // The rows that are looked up; the gradient is as large as the table.
       {"embedding",
        {normal({V, C})},
        [tokens_BT](const Tensors& in) { return Tensors{ops::embedding(in[0], tokens_BT)}; },
        [tokens_BT](const Tensors& in) { return Tensors{at::embedding(in[0], tokens_BT)}; },
+       3 * plane + table,
        std::min(plane, table) + table},
   };
 }
@@ -205,7 +212,7 @@ std::vector<OpCase> training_cases(const StepShape& shape, at::ScalarType dtype)
 OpCase adamw_case(const StepShape& shape) {
   const int64_t count = RwkvModel(shape.model)->num_parameters();
   // Four operands are read, and three of them written: but for what a cache may keep.
-  const auto bytes =
+  const auto operand_bytes =
       static_cast<double>(16 * count + std::max<int64_t>(12 * count - CacheSweeper::kBytes, 0));
   const auto buffer = [&] { return at::rand({count}); };
   return {"adamw_",
@@ -216,7 +223,8 @@ OpCase adamw_case(const StepShape& shape) {
             return Tensors{};
           },
           &plain_adamw,
-          bytes};
+          28.0 * static_cast<double>(count),
+          operand_bytes};
 }
 
 OpCase few_rows_case(const StepShape& shape, at::ScalarType dtype) {
@@ -232,6 +240,7 @@ OpCase few_rows_case(const StepShape& shape, at::ScalarType dtype) {
             at::linear(in[0], in[1]);
             return Tensors{};
           },
+          size * static_cast<double>(V * C),
           size * static_cast<double>(V * C),
           /*reads_alone=*/true};
 }
@@ -258,7 +267,8 @@ std::vector<BenchRow> bench_ops(const StepShape& shape, at::ScalarType dtype, in
     rows.push_back({.what = cases[i].name + (dtype == at::kBFloat16 ? " bf16" : " fp32"),
                     .ms = times[i].ours,
                     .figures = {{"plain_ms", times[i].plain.median},
-                                {"floor_ms", cases[i].bytes / rate * 1000}},
+                                {"floor_ms", cases[i].operand_bytes / rate * 1000},
+                                {"gb_per_s", cases[i].moved_bytes / times[i].ours.median / 1e6}},
                     .conditions = {{"threads", at::get_num_threads()},
                                    {"update_gb_per_s", rates.update / 1e9},
                                    {"read_gb_per_s", rates.read / 1e9}}});

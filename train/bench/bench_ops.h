@@ -16,6 +16,8 @@ namespace rwkv {
 //   plain_ms  the same maths in Torch's own ops, median of as many repeats, taking turns
 //   floor_ms  the bytes of the operands, once, at the update rate or the read rate, whichever is
 //             higher (few_rows_linear: the read rate)
+//   gb_per_s  bytes that forward and backward read and write, each way counted, over the time; what
+//             of that comes from a cache makes it more than the update rate
 std::vector<BenchRow> bench_ops(const StepShape& shape, at::ScalarType dtype, int64_t repeats);
 
 }  // namespace rwkv
