@@ -103,9 +103,12 @@ Json describe_metadata(const WeightFile& file) {
       continue;
     }
     try {
+      // Not by name: each look for one would go through all before it.
+      Json::object_t settings;
       for (const auto& [name, setting] : list_values(value, key)) {
-        metadata[key][name] = setting;
+        settings.emplace_back(name, setting);
       }
+      metadata[key] = std::move(settings);
     } catch (const std::invalid_argument& error) {
       throw std::runtime_error(file.path + ": " + error.what());
     }
@@ -144,8 +147,12 @@ Json inspect_weights(const std::string& path) {
 
 // ---- Folders ------------------------------------------------------------------------------------
 
+// Ours have some 200.
+constexpr size_t kMaxTrainerBytes = size_t{1} << 16;
+
 Json read_json(const std::string& path) {
-  Json json = Json::parse(read_text_file(path), nullptr, /*allow_exceptions=*/false);
+  Json json =
+      Json::parse(read_text_file(path, kMaxTrainerBytes), nullptr, /*allow_exceptions=*/false);
   if (!json.is_object()) {
     throw std::runtime_error(path + ": is no JSON object, expected the trainer's record; is the " +
                              "file damaged?");
@@ -275,7 +282,9 @@ Json inspect_tokenizer(const std::string& spec) {
 
 Json inspect_events(const std::string& path) {
   EventReader reader(path);
-  Json tags = Json::object();
+  Json::object_t tags;
+  // Where each is in `tags`, which keep the order in which they came.
+  std::map<std::string, size_t> places;
   int64_t num_events = 0;
   Json version;
   while (const auto event = reader.next()) {
@@ -284,15 +293,17 @@ Json inspect_events(const std::string& path) {
       version = replace_malformed_utf8(event->file_version);
     }
     for (const EventValue& value : event->values) {
-      Json& tag = tags[replace_malformed_utf8(value.tag)];
-      if (tag.is_null()) {
-        tag = {{"kind",
-                value.scalar ? "scalar"
-                : value.text ? "text"
-                             : "other"},
-               {"points", 0},
-               {"first_step", event->step}};
+      const auto [place, is_new] = places.emplace(replace_malformed_utf8(value.tag), tags.size());
+      if (is_new) {
+        tags.emplace_back(place->first,
+                          Json{{"kind",
+                                value.scalar ? "scalar"
+                                : value.text ? "text"
+                                             : "other"},
+                               {"points", 0},
+                               {"first_step", event->step}});
       }
+      Json& tag = (tags.begin() + static_cast<ptrdiff_t>(place->second))->second;
       tag["points"] = tag["points"].get<int64_t>() + 1;
       tag["last_step"] = event->step;
       if (value.scalar) {
@@ -305,7 +316,7 @@ Json inspect_events(const std::string& path) {
           {"version", version},
           {"events", num_events},
           {"cut_bytes", reader.cut_bytes()},
-          {kTags, tags}};
+          {kTags, std::move(tags)}};
 }
 
 // ---- Which of them it is
