@@ -246,6 +246,26 @@ TEST_P(TrainedSentencepiece, TakesTextsThatSentencepieceStumblesOver) {
   EXPECT_TRUE(tokenizer.decode(tokenizer.encode(text)) == text);
 }
 
+TEST_P(TrainedSentencepiece, LearnsFromWordsAndRunsOfSpacesOfAnyLength) {
+  const test::TempFolder folder;
+  std::string text = made_up_text(1).substr(0, 8000) + "\n";
+  std::mt19937_64 random(1);
+  for (const size_t length : {size_t{40'000}, kMaxLineBytes - 1}) {
+    std::string word;
+    while (word.size() < length) {
+      word += static_cast<char>('a' + random() % 26);
+    }
+    text += word + "\n" + std::string(length, 'a') + "\n" + std::string(length, ' ') + "\n";
+  }
+  test::write_file(folder.path("text.txt"), text);
+  train_sentencepiece({.text_files = {folder.path("text.txt")},
+                       .model_path = folder.path("a.model"),
+                       .vocab_size = 400,
+                       .kind = GetParam()});
+  const SentencepieceTokenizer tokenizer(folder.path("a.model"));
+  EXPECT_TRUE(tokenizer.decode(tokenizer.encode(text)) == text);
+}
+
 TEST_P(TrainedSentencepiece, IsNotLosslessWithoutAPieceForSpaces) {
   const test::TempFolder folder;
   std::string text = made_up_text(1);
@@ -446,6 +466,8 @@ TEST(LineParts, EndAtTheLimitWhereverTheTextGoesOn) {
   const std::string full = std::string("a b").append(kMaxLineBytes - 3, 'x');
   EXPECT_EQ(next_line_part(full + "\n", kMore), kMaxLineBytes);
   EXPECT_EQ(next_line_part(full + "x\n", kMore), 1u);
+  EXPECT_EQ(next_line_part("abc defg", kFinal, 7), 3u);
+  EXPECT_EQ(next_line_part("abcdefgh", kFinal, 7), 7u);
 }
 
 }  // namespace
