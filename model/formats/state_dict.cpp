@@ -103,6 +103,10 @@ class Reader {
         if (pickle_[items[i]].kind != Kind::kText) {
           fail("a tensor is filed under something other than text, expected its name");
         }
+        if (names.size() == kMaxTensors) {
+          fail("there are more than " + std::to_string(kMaxTensors) +
+               " tensors, far more than a model has; the file is damaged");
+        }
         names.push_back(pickle_[items[i]].text);
         values.push_back(items[i + 1]);
       }

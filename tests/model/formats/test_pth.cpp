@@ -303,13 +303,57 @@ TEST(ReadPth, RefusesNegativeAndOverflowingNumbers) {
 
 TEST(ReadPth, RefusesASmallFileThatClaimsGigabytes) {
   EXPECT_THAT(tensor_refusal({.sizes = {1 << 20, 3}, .strides = {0, 1}}),
-              HasSubstr("claim more than 256 times that"));
+              HasSubstr("its tensors up to \"w\" have 12,582,912 bytes, expected at most"));
   // A modest repetition is what PyTorch saves of tensor.expand().
   const test::TempFolder folder;
   const WeightFile file = read_pth(write_pickled(folder, [](PickleWriter& writer) {
     put_tensors(writer, {{.sizes = {2, 3}, .strides = {0, 1}}});
   }));
   EXPECT_THAT(values_of<float>(file, "w"), ElementsAre(1, 2, 3, 1, 2, 3));
+}
+
+TEST(ReadPth, LetsTensorsBeFourTimesALargeFileAnd128MiBOfASmallOne) {
+  const test::TempFolder folder;
+  // A storage of so many floats, and a tensor that repeats it so often.
+  const auto read = [&](int64_t numel, int64_t times) {
+    PickleWriter writer;
+    put_tensors(writer, {{.numel = numel, .sizes = {times, numel}, .strides = {0, 1}}});
+    std::filesystem::remove(folder.path("x.pth"));
+    return read_pth(write_zip(folder,
+                              {{"data.pkl", writer.finish()},
+                               {"data/0", std::string(4 * static_cast<size_t>(numel), 1)}}));
+  };
+  constexpr int64_t kMiB = int64_t{1} << 18;  // of floats
+  EXPECT_EQ(read(kMiB, 128).tensors[0].num_elements(), 128 * kMiB);
+  EXPECT_THAT(THROWN_TEXT(std::runtime_error, read(kMiB, 129)),
+              HasSubstr("have 135,266,304 bytes, expected at most 134,217,728 in a file of 1,04"));
+  EXPECT_EQ(read(40 * kMiB, 4).tensors[0].num_elements(), 160 * kMiB);
+  EXPECT_THAT(THROWN_TEXT(std::runtime_error, read(40 * kMiB, 5)), HasSubstr("have 209,715,200"));
+}
+
+TEST(ReadPth, RefusesMoreTensorsThanAModelHas) {
+  // One tensor under many names: a dict, then the tensor from the memo under each.
+  const auto with_names = [](int count) {
+    PickleWriter writer;
+    put_tensor(writer, {});
+    std::string pickle = writer.finish();
+    pickle.back() = 'q';
+    pickle += std::string(1, 0) + "0}(";
+    for (int i = 0; i < count; ++i) {
+      const std::string name = std::to_string(i);
+      pickle +=
+          "\x8c" + std::string(1, static_cast<char>(name.size())) + name + "h" + std::string(1, 0);
+    }
+    return pickle + "u.";
+  };
+  const test::TempFolder folder;
+  const auto read = [&](int count) {
+    std::filesystem::remove(folder.path("x.pth"));
+    return read_pth(write_zip(folder, {{"data.pkl", with_names(count)}, {"data/0", kSixFloats}}));
+  };
+  EXPECT_EQ(read(1000).tensors.size(), 1000u);
+  EXPECT_THAT(THROWN_TEXT(std::runtime_error, read((1 << 16) + 1)),
+              HasSubstr("more than 65536 tensors"));
 }
 
 TEST(ReadPth, RefusesStoragesThatDoNotFit) {
