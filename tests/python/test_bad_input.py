@@ -9,6 +9,7 @@ import pickle
 import shutil
 import struct
 import tempfile
+import time
 import unittest
 import zipfile
 
@@ -493,6 +494,15 @@ class Weights(BadInput):
     def models_refuse(self, name, *words):
         """As all_refuse() does, where one command stands for all, or only models are refused."""
         self.refuses(f"logits --model {name} --tokens 1", FAILED, *words)
+
+    def test_of_many_tensors_are_converted_in_time(self):
+        name = "a.long.name.that.all.of.the.tensors.begin.with"
+        support.write_safetensors(self.path("many.safetensors"),
+                                  {f"{name}.{i:05}": ("U8", [1], b"x") for i in range(1 << 16)})
+        start = time.monotonic()
+        rookery("convert", "many.safetensors", "copy.safetensors", cwd=self.folder)
+        # Each sought among all takes 15 s.
+        self.assertLess(time.monotonic() - start, 8)
 
     def test_that_are_cut(self):
         size = self.path("model.pth").stat().st_size

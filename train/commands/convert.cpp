@@ -1,6 +1,7 @@
 #include <algorithm>
 #include <filesystem>
 #include <iostream>
+#include <map>
 #include <stdexcept>
 #include <vector>
 
@@ -38,9 +39,14 @@ void compare(const std::string& path, std::span<const TensorToWrite> expected) {
     throw std::runtime_error(path + ": holds " + std::to_string(written.tensors.size()) +
                              " tensors after writing " + std::to_string(expected.size()));
   }
+  std::map<std::string_view, const StoredTensor*> by_name;
+  for (const StoredTensor& tensor : written.tensors) {
+    by_name[tensor.name] = &tensor;
+  }
   std::vector<std::byte> bytes;
   for (const TensorToWrite& tensor : expected) {
-    const StoredTensor* stored = written.find(tensor.name);
+    const auto found = by_name.find(tensor.name);
+    const StoredTensor* stored = found == by_name.end() ? nullptr : found->second;
     bytes.clear();
     if (stored != nullptr) {
       stored->copy_to(bytes);
