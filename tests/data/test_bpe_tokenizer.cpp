@@ -66,6 +66,7 @@ TEST(BpeTokenizer, CutsProseCloseToTheEndOfTheBuffer) {
   std::vector<int32_t> ids;
   EXPECT_EQ(neox().encode_part("one two three", Tokenizer::TextEnd::kMore, ids), 7u);
   EXPECT_EQ(neox().encode_part("one\ntwo", Tokenizer::TextEnd::kMore, ids), 3u);
+  EXPECT_EQ(neox().encode_part("one\r\ntwo", Tokenizer::TextEnd::kMore, ids), 3u);
   // After the space a second one may follow, and in front of it stands white space.
   EXPECT_EQ(neox().encode_part("one ", Tokenizer::TextEnd::kMore, ids), 0u);
   EXPECT_EQ(neox().encode_part("one \n two", Tokenizer::TextEnd::kMore, ids), 0u);
@@ -302,15 +303,18 @@ TEST_F(BpeFileChecks, TakesManyAddedTokensInTime) {
 }
 
 TEST_F(BpeFileChecks, CutsNowhereThatAnAddedTokenReachesAcross) {
-  json_["added_tokens"][0]["content"] = "x y\nz";
-  const BpeTokenizer tokenizer(write(json_.dump()));
-  std::mt19937_64 random(6);
-  for (int i = 0; i < 300; ++i) {
-    std::string text;
-    for (size_t n = random() % 12; n > 0; --n) {
-      text += std::vector<std::string>{"x y\nz", "x", " ", "y", "\n", "z"}[random() % 6];
+  for (const std::string end : {"\n", "\r"}) {
+    const std::string token = "x y" + end + "z";
+    json_["added_tokens"][0]["content"] = token;
+    const BpeTokenizer tokenizer(write(json_.dump()));
+    std::mt19937_64 random(6);
+    for (int i = 0; i < 300; ++i) {
+      std::string text;
+      for (size_t n = random() % 12; n > 0; --n) {
+        text += std::vector<std::string>{token, "x", " ", "y", end, "z"}[random() % 6];
+      }
+      ASSERT_EQ(test::encode_in_parts(tokenizer, text, 2), tokenizer.encode(text)) << text;
     }
-    ASSERT_EQ(test::encode_in_parts(tokenizer, text, 2), tokenizer.encode(text)) << text;
   }
 }
 
