@@ -113,14 +113,9 @@ std::vector<StoredTensor> read_zip(const MappedFile& file) {
     }
   }
   const ZipEntry& pickle_entry = *archive.find(folder + "data.pkl");
-  const auto pickle_bytes = archive.data(pickle_entry);
-  // PyTorch can be told to leave checksums out; it then writes 0.
-  if (pickle_entry.crc != 0 && pickle_entry.crc != crc32_of(pickle_bytes)) {
-    throw std::runtime_error(file.path() +
-                             ": data.pkl does not match its checksum; the file is damaged");
-  }
+  archive.verify(pickle_entry);
   const std::string where = file.path() + ": data.pkl";
-  const Pickle pickle = read_pickle(pickle_bytes, where, state_dict_globals());
+  const Pickle pickle = read_pickle(archive.data(pickle_entry), where, state_dict_globals());
 
   const auto bytes_of = [&](const StorageReference& storage) {
     const ZipEntry* entry = archive.find(folder + "data/" + std::string(storage.key));
@@ -289,6 +284,19 @@ WeightFile read_pth(const std::string& path) {
                              "magic number of the legacy container)");
   }
   return file;
+}
+
+void verify_checksums(const WeightFile& file) {
+  if (!starts_like_zip(file.mapping->bytes())) {
+    return;
+  }
+  const ZipArchive archive(file.mapping->bytes(), file.path);
+  const std::string storages = std::string(find_folder(archive, file.path)) + "data/";
+  for (const ZipEntry& entry : archive.entries()) {
+    if (entry.name.starts_with(storages)) {
+      archive.verify(entry);
+    }
+  }
 }
 
 void write_pth(const std::string& path, std::span<const TensorToWrite> tensors) {

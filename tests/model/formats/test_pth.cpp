@@ -576,6 +576,24 @@ TEST(ReadPth, ReadsViewsOfLegacyStorages) {
       HasSubstr("reaches outside its storage of 3 elements"));
 }
 
+TEST(ReadPth, VerifiesTheChecksumsOfTensorsWhenAsked) {
+  const test::TempFolder folder;
+  const std::string path =
+      write_pickled(folder, [](PickleWriter& writer) { put_tensors(writer, {TensorSpec{}}); });
+  verify_checksums(read_pth(path));
+  std::string content = test::read_file(path);
+  content[content.find(kSixFloats) + 3] = 'x';
+  std::filesystem::remove(path);
+  test::write_file(path, content);
+  const WeightFile file = read_pth(path);
+  EXPECT_THAT(THROWN_TEXT(std::runtime_error, verify_checksums(file)),
+              HasSubstr("x.pth: \"a/data/0\" has the checksum"));
+  // The legacy container has none.
+  std::filesystem::remove(path);
+  test::write_file(path, legacy_file("N", "K\x06\x85K\x01\x85"));
+  verify_checksums(read_pth(path));
+}
+
 TEST(ReadPth, RefusesLegacyFilesOfAnotherKind) {
   const test::TempFolder folder;
   const std::string good = legacy_file("N", "K\x06\x85K\x01\x85");
