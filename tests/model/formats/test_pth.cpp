@@ -290,15 +290,17 @@ TEST(ReadPth, RefusesTensorsThatReachOutsideTheirStorage) {
 }
 
 TEST(ReadPth, RefusesNegativeAndOverflowingNumbers) {
-  const auto negative = HasSubstr("is not a number of at least 0");
-  EXPECT_THAT(tensor_refusal({.offset = -1}), negative);
-  EXPECT_THAT(tensor_refusal({.sizes = {-2, -3}}), negative);
-  EXPECT_THAT(tensor_refusal({.strides = {-3, 1}}), negative);
-  EXPECT_THAT(tensor_refusal({.numel = -6}), negative);
+  const auto negative = HasSubstr(", expected a whole number of at least 0; the file is damaged");
+  EXPECT_THAT(tensor_refusal({.offset = -1}),
+              AllOf(HasSubstr("the tensor \"w\" has the offset -1"), negative));
+  EXPECT_THAT(tensor_refusal({.sizes = {-2, -3}}), AllOf(HasSubstr("has the size -2"), negative));
+  EXPECT_THAT(tensor_refusal({.strides = {-3, 1}}), AllOf(HasSubstr("the stride -3"), negative));
+  EXPECT_THAT(tensor_refusal({.numel = -6}), AllOf(HasSubstr("has the numel -6"), negative));
   EXPECT_THAT(tensor_refusal({.sizes = {int64_t{1} << 31, int64_t{1} << 31}, .strides = {0, 0}}),
               HasSubstr("too large"));
   EXPECT_THAT(tensor_refusal({.strides = {3}}), HasSubstr("as many strides as sizes"));
-  EXPECT_THAT(tensor_refusal({.sizes = std::vector<int64_t>(9, 1)}), HasSubstr("9 dimensions"));
+  EXPECT_THAT(tensor_refusal({.sizes = std::vector<int64_t>(9, 1)}),
+              HasSubstr("the tensor \"w\" has 9 dimensions"));
 }
 
 TEST(ReadPth, RefusesASmallFileThatClaimsGigabytes) {
@@ -364,8 +366,10 @@ TEST(ReadPth, RefusesStoragesThatDoNotFit) {
   EXPECT_THAT(tensor_refusal({.storage_class = "QInt8Storage"}),
               HasSubstr("x.pth: data.pkl wants torch.QInt8Storage"));
   EXPECT_THAT(tensor_refusal({.storage_class = "float32"}),
-              HasSubstr("of class \"torch.float32\""));
-  EXPECT_THAT(tensor_refusal({.key = std::string(65, '0')}), HasSubstr("a storage is not"));
+              HasSubstr("the storage of the tensor \"w\" is of class \"torch.float32\""));
+  EXPECT_THAT(
+      tensor_refusal({.key = std::string(65, '0')}),
+      HasSubstr("the storage of the tensor \"w\" is a tuple of 5, expected (\"storage\", "));
 }
 
 TEST(ReadPth, RefusesNamesThatOccurTwiceOrAreNoText) {
@@ -381,7 +385,7 @@ TEST(ReadPth, RefusesNamesThatOccurTwiceOrAreNoText) {
                 put_tensor(writer, {});
                 writer.set_item();
               }),
-              HasSubstr("filed under something other than text"));
+              HasSubstr("a tensor is filed under 3, expected its name"));
 }
 
 TEST(ReadPth, TakesOffPrefixesCommonToAllNames) {
