@@ -70,8 +70,9 @@ void check_normalizer_map(const std::string& path, std::string_view map) {
   }
   for (size_t i = 0; i < num_units; ++i) {
     const uint32_t unit = u32_at(trie, i * kUnitBytes);
-    if (unit >> 31 != 0) {
-      continue;  // a leaf
+    // A leaf is no way further, but the first unit is where every look-up starts, whatever it is.
+    if (unit >> 31 != 0 && i != 0) {
+      continue;
     }
     const size_t children = i ^ (size_t{unit >> 10} << ((unit & 0x200) != 0 ? 8 : 0));
     if ((children | 0xFF) >= num_units) {

@@ -433,6 +433,9 @@ TEST(SentencepieceTokenizer, RefusesATableOfReplacementsThatReachesOutsideItself
   broken['b'] = 'b' | 512 << 10;
   EXPECT_THAT(refusal(broken, texts), HasSubstr("points to unit 610 of 512"));
   broken = units;
+  broken[0] = uint32_t{1} << 31 | 512 << 10;
+  EXPECT_THAT(refusal(broken, texts), HasSubstr("points to unit 2097664 of 512"));
+  broken = units;
   broken[256] |= 2;
   EXPECT_THAT(refusal(broken, texts), HasSubstr("a text outside its 2 bytes"));
   EXPECT_THAT(refusal(units, "x"), HasSubstr("texts that do not end"));
