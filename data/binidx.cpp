@@ -23,6 +23,8 @@ constexpr char kMagic[9] = {'M', 'M', 'I', 'D', 'I', 'D', 'X', '\0', '\0'};
 constexpr char kOldMagic[8] = {'T', 'N', 'T', 'I', 'D', 'X', '\0', '\0'};
 constexpr size_t kHeaderBytes = 34;
 constexpr uint64_t kMaxRecordBytes = 1 << 20;
+// Ours have at most 46: a kind and a hash.
+constexpr size_t kMaxIdentityBytes = 200;
 
 template <typename T>
 T load(std::span<const std::byte> bytes, size_t offset) {
@@ -111,6 +113,12 @@ TokenizerRecord read_record(const std::string& path, int64_t num_tokens) {
     fail_record(path, "has no string \"identity\"");
   }
   record.identity = identity->get<std::string>();
+  // Errors quote it whole.
+  if (record.identity.size() > kMaxIdentityBytes) {
+    fail_record(path,
+                "\"identity\" has " + grouped(record.identity.size()) +
+                    " bytes, expected at most " + std::to_string(kMaxIdentityBytes));
+  }
   json.erase(identity);
   record.vocab_size =
       take_integer(json, path, "vocab_size", 1, int64_t{std::numeric_limits<int32_t>::max()} + 1);

@@ -2,6 +2,7 @@
 
 #include <map>
 #include <optional>
+#include <set>
 #include <stdexcept>
 #include <unordered_map>
 
@@ -210,10 +211,8 @@ class Parser {
       }
       const int32_t id = id_of(get(entry, "id", where), where);
       const std::string text = content.get<std::string>();
-      for (const BpeFile::AddedToken& other : file_.added_tokens) {
-        if (other.content == text) {
-          fail(where + " is " + shown_json(content) + ", which is in the list already");
-        }
+      if (!added_.insert(text).second) {
+        fail(where + " is " + shown_json(content) + ", which is in the list already");
       }
       // The special ones are in model.vocab as well.
       const auto in_vocabulary = ids_.find(text);
@@ -248,7 +247,9 @@ class Parser {
   const std::string& path_;
   Json root_;
   BpeFile file_;
-  std::unordered_map<std::string, int32_t> ids_;  // of model.vocab, by name as written
+  // Ordered: a file cannot choose names that collide.
+  std::map<std::string, int32_t> ids_;  // of model.vocab, by name as written
+  std::set<std::string> added_;
 };
 
 }  // namespace

@@ -10,6 +10,9 @@ namespace {
 // Up to here a scan for the lowest rank beats a heap.
 constexpr size_t kShortPiece = 48;
 constexpr uint32_t kNone = ~uint32_t{0};
+// Slots that a pair may be in, from its own place on: ids can be chosen so that all pairs fall on
+// one place, and then each would be sought among all. 20B_tokenizer.json needs 16.
+constexpr size_t kMaxSlots = 512;
 
 uint64_t pair_key(int32_t left, int32_t right) {
   return static_cast<uint64_t>(static_cast<uint32_t>(left)) << 32 | static_cast<uint32_t>(right);
@@ -22,11 +25,18 @@ BpeMerges::BpeMerges(const std::array<int32_t, 256>& byte_ids,
                      const std::vector<Token>& tokens)
     : byte_ids_(byte_ids) {
   const size_t slot_count = std::bit_ceil(std::max<size_t>(2 * merges.size(), 16));
-  slots_.resize(slot_count);
+  slots_.resize(slot_count + 1);
   shift_ = 64 - std::countr_zero(slot_count);
   for (size_t rank = 0; rank < merges.size(); ++rank) {
     const Merge& merge = merges[rank];
-    Slot& slot = slots_[slot_index(pair_key(merge.left, merge.right))];
+    const size_t index = slot_index(pair_key(merge.left, merge.right));
+    if (index == slot_count) {
+      throw std::invalid_argument("merge " + std::to_string(rank) +
+                                  " has ids that fall on the same place of a table as those of " +
+                                  std::to_string(kMaxSlots) +
+                                  " merges before it, expected ids that were not chosen for that");
+    }
+    Slot& slot = slots_[index];
     if (slot.pair != kNoPair) {
       throw std::invalid_argument("merge " + std::to_string(rank) + " repeats merge " +
                                   std::to_string(slot.rank));
@@ -48,12 +58,16 @@ BpeMerges::BpeMerges(const std::array<int32_t, 256>& byte_ids,
 }
 
 size_t BpeMerges::slot_index(uint64_t pair) const {
+  const size_t last = slots_.size() - 1;
   // Multiplication by 2^64 / golden ratio spreads the keys over the high bits.
-  size_t i = (pair * 0x9E3779B97F4A7C15) >> shift_;
-  while (slots_[i].pair != pair && slots_[i].pair != kNoPair) {
-    i = (i + 1) & (slots_.size() - 1);
+  const size_t place = (pair * 0x9E3779B97F4A7C15) >> shift_;
+  for (size_t step = 0; step < kMaxSlots; ++step) {
+    const size_t i = (place + step) & (last - 1);
+    if (slots_[i].pair == pair || slots_[i].pair == kNoPair) {
+      return i;
+    }
   }
-  return i;
+  return last;
 }
 
 const BpeMerges::Slot& BpeMerges::find(int32_t left, int32_t right) const {

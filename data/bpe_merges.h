@@ -40,7 +40,7 @@ class BpeMerges {
 
   BpeMerges() = default;
   // `byte_ids` are the ids of the 256 single bytes. `tokens` are all that merging may give.
-  // Throws std::invalid_argument if a pair is merged twice.
+  // Throws std::invalid_argument if a pair is merged twice, or if hundreds of pairs collide.
   BpeMerges(const std::array<int32_t, 256>& byte_ids,
             const std::vector<Merge>& merges,
             const std::vector<Token>& tokens);
@@ -64,7 +64,9 @@ class BpeMerges {
   void merge_long(std::string_view piece, std::vector<int32_t>& ids, Scratch& scratch) const;
 
   std::array<int32_t, 256> byte_ids_{};
-  std::vector<Slot> slots_;  // open addressing, at most half full
+  // Open addressing, at most half full, over all but the last slot, which stays empty: the slot of
+  // pairs that are not merged and find none nearer.
+  std::vector<Slot> slots_;
   int shift_ = 0;
   // Tokens that merging their own bytes gives back whole: most pieces of a text are such.
   ByteTrie whole_;

@@ -156,7 +156,7 @@ struct BpeTokenizer::Impl {
   AddedTokens normalized_added;
   BpeMerges merges;
   SplitPattern pattern;
-  bool may_cut_at_line_feed = true;
+  bool may_cut_at_line_end = true;
   bool may_cut_at_space = true;
   std::optional<int32_t> end_of_document;
   std::string identity;
@@ -182,11 +182,11 @@ BpeTokenizer::Impl::Impl(const std::string& path, std::string_view content)
     if (token.content == "<|endoftext|>") {
       end_of_document = token.id;
     }
-    // A token that held a line feed could reach across a cut in front of one; a token with a space
+    // A token that held a line end could reach across a cut in front of one; a token with a space
     // too, unless it is a run of spaces: the cut is at a lone space.
     const bool is_run =
         token.content.size() > 1 && token.content.find_first_not_of(' ') == std::string::npos;
-    may_cut_at_line_feed &= token.content.find('\n') == std::string::npos;
+    may_cut_at_line_end &= token.content.find_first_of("\r\n") == std::string::npos;
     may_cut_at_space &= is_run || token.content.find(' ') == std::string::npos;
   }
 }
@@ -238,16 +238,16 @@ void BpeTokenizer::Impl::encode_pieces(std::string_view text, Call& call) const 
 
 // The last place at which cutting the text changes no id, 0 if there is none.
 //
-// In front of a line feed after a character that is not white space: no added token reaches across
-// (none holds a line feed); form C joins nothing to a line feed; every alternative of the split
+// In front of a line feed or carriage return after a character that is not white space: no added
+// token reaches across (none holds one); form C joins nothing to it; every alternative of the split
 // pattern that takes the character stops there, and only white space looks ahead. The same holds in
 // front of a space that another printing character follows, for then no run of spaces starts there.
 size_t BpeTokenizer::Impl::safe_cut(std::string_view text) const {
   for (size_t cut = text.empty() ? 0 : text.size() - 1; cut > 0; --cut) {
-    const bool at_line_feed = may_cut_at_line_feed && text[cut] == '\n';
+    const bool at_line_end = may_cut_at_line_end && (text[cut] == '\n' || text[cut] == '\r');
     const bool at_space = may_cut_at_space && text[cut] == ' ' && cut + 1 < text.size() &&
                           text[cut + 1] > ' ' && text[cut + 1] < 0x7F;
-    if ((at_line_feed || at_space) && !ends_in_white_space(text.substr(0, cut))) {
+    if ((at_line_end || at_space) && !ends_in_white_space(text.substr(0, cut))) {
       return cut;
     }
   }

@@ -33,8 +33,9 @@ class BpeTokenizer final : public Tokenizer {
   ~BpeTokenizer() override;
 
   using Tokenizer::decode;
-  // With TextEnd::kMore the text is cut in front of a line feed or a lone space that follows a
-  // character other than white space: nothing in steps 1 to 5 sees across such a place.
+  // With TextEnd::kMore the text is cut in front of a line feed, a carriage return or a lone space
+  // that follows a character other than white space: nothing in steps 1 to 5 sees across such a
+  // place.
   size_t encode_part(std::string_view text, TextEnd end, std::vector<int32_t>& ids) const override;
   // Added tokens decode to their text, <|endoftext|> included.
   void decode(std::span<const int32_t> ids, std::string& text) const override;

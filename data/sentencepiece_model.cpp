@@ -3,10 +3,27 @@
 #include <cstring>
 #include <stdexcept>
 
+#include "data/number_text.h"
 #include "data/protobuf_message.h"
 
 namespace rwkv {
 namespace {
+
+// The library takes what it is given: it walks down a piece by recursion, holds every piece several
+// times over, and writes a replacement wherever a text has what it replaces. The longest piece of
+// known models has 100 bytes, the largest vocabulary 256,000 pieces, and the longest replacement of
+// NFKC 33 bytes.
+constexpr size_t kMaxPieceBytes = 4096;
+constexpr size_t kMaxPieces = size_t{1} << 20;
+constexpr size_t kMaxReplacementBytes = 256;
+constexpr const char* kAdvice = "; use a model that sentencepiece's trainer wrote";
+
+void require_piece_size(const std::string& path, const std::string& what, size_t bytes) {
+  if (bytes > kMaxPieceBytes) {
+    throw std::runtime_error(path + ": " + what + " " + grouped(bytes) +
+                             " bytes, expected at most " + grouped(kMaxPieceBytes) + kAdvice);
+  }
+}
 
 SentencepieceModel::Piece parse_piece(std::string_view content) {
   SentencepieceModel::Piece piece;
@@ -53,15 +70,24 @@ void check_normalizer_map(const std::string& path, std::string_view map) {
   }
   for (size_t i = 0; i < num_units; ++i) {
     const uint32_t unit = u32_at(trie, i * kUnitBytes);
-    if (unit >> 31 != 0) {
-      continue;  // a leaf
+    // A leaf is no way further, but the first unit is where every look-up starts, whatever it is.
+    if (unit >> 31 != 0 && i != 0) {
+      continue;
     }
     const size_t children = i ^ (size_t{unit >> 10} << ((unit & 0x200) != 0 ? 8 : 0));
     if ((children | 0xFF) >= num_units) {
       fail("points to unit " + std::to_string(children) + " of " + std::to_string(num_units));
     }
-    if ((unit & 0x100) != 0 && (u32_at(trie, children * kUnitBytes) & 0x7FFFFFFF) >= texts.size()) {
+    if ((unit & 0x100) == 0) {
+      continue;
+    }
+    const size_t text = u32_at(trie, children * kUnitBytes) & 0x7FFFFFFF;
+    if (text >= texts.size()) {
       fail("points to a text outside its " + std::to_string(texts.size()) + " bytes");
+    }
+    if (texts.substr(text, kMaxReplacementBytes + 1).find('\0') == std::string_view::npos) {
+      fail("holds one longer than " + std::to_string(kMaxReplacementBytes) +
+           " bytes, far more than any normaliser's");
     }
   }
 }
@@ -81,17 +107,25 @@ void parse_normalizer(std::string_view content, SentencepieceModel& out) {
   }
 }
 
-SentencepieceModel parse_model(std::string_view content) {
+SentencepieceModel parse_model(const std::string& path, std::string_view content) {
   SentencepieceModel model;
   MessageReader reader(content);
   for (MessageReader::Field field; reader.next(field);) {
     if (field.number == 1) {
+      if (model.pieces.size() == kMaxPieces) {
+        throw std::runtime_error(path + ": holds more than " + grouped(kMaxPieces) +
+                                 " pieces, far more than any model" + kAdvice);
+      }
       model.pieces.push_back(parse_piece(field.bytes));
+      require_piece_size(path,
+                         "piece " + std::to_string(model.pieces.size() - 1) + " has",
+                         model.pieces.back().text.size());
     } else if (field.number == 2) {
       MessageReader trainer(field.bytes);
       for (MessageReader::Field setting; trainer.next(setting);) {
         if (setting.number == 44) {
           model.unk_surface = setting.bytes;
+          require_piece_size(path, "its unknown token decodes to", setting.bytes.size());
         }
       }
     } else if (field.number == 3) {
@@ -109,7 +143,7 @@ SentencepieceModel parse_model(std::string_view content) {
 
 SentencepieceModel parse_sentencepiece_model(const std::string& path, std::string_view content) {
   try {
-    SentencepieceModel model = parse_model(content);
+    SentencepieceModel model = parse_model(path, content);
     check_normalizer_map(path, model.normalizer_map);
     return model;
   } catch (const MalformedMessage&) {

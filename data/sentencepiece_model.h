@@ -34,7 +34,9 @@ struct SentencepieceModel {
 };
 
 // `path` is for the error texts. Throws std::runtime_error "PATH: ..." if `content` does not read
-// as such a message, or if the library would read outside of it.
+// as such a message, if the library would read outside of it, or if it holds what no model does and
+// the library would run out of stack or memory over: a piece (or an unk_surface) of more than 4096
+// bytes, more than 2^20 pieces, a replacement of more than 256 bytes.
 SentencepieceModel parse_sentencepiece_model(const std::string& path, std::string_view content);
 
 }  // namespace rwkv

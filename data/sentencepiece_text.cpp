@@ -11,25 +11,25 @@ constexpr std::string_view kSpaceSymbol = "\xE2\x96\x81";  // U+2581
 
 }  // namespace
 
-size_t next_line_part(std::string_view text, Tokenizer::TextEnd end) {
-  const std::string_view window = text.substr(0, kMaxLineBytes);
+size_t next_line_part(std::string_view text, Tokenizer::TextEnd end, size_t max_bytes) {
+  const std::string_view window = text.substr(0, max_bytes);
   const size_t line_feed = window.find('\n');
   if (line_feed != std::string_view::npos) {
     return std::max<size_t>(line_feed, 1);
   }
-  if (text.size() <= kMaxLineBytes) {
+  if (text.size() <= max_bytes) {
     return end == Tokenizer::TextEnd::kFinal ? text.size() : 0;
   }
-  if (text[kMaxLineBytes] == '\n') {
-    return kMaxLineBytes;
+  if (text[max_bytes] == '\n') {
+    return max_bytes;
   }
   const size_t space = window.rfind(' ');
   if (space != std::string_view::npos && space > 0) {
     return space;
   }
   // A character has at most three continuation bytes; more of them are broken text, cut anywhere.
-  size_t cut = kMaxLineBytes;
-  while (cut > kMaxLineBytes - 3 && (static_cast<unsigned char>(text[cut]) & 0xC0) == 0x80) {
+  size_t cut = max_bytes;
+  while (cut > max_bytes - 3 && (static_cast<unsigned char>(text[cut]) & 0xC0) == 0x80) {
     --cut;
   }
   return cut;

@@ -13,9 +13,12 @@ namespace rwkv {
 inline constexpr size_t kMaxLineBytes = size_t{64} << 10;
 
 // Length of the part of `text` up to the next cut: a single line feed, or text without any, cut
-// after kMaxLineBytes at the latest (in front of the last space if there is one, else between two
-// characters). 0 if `text` is empty or, with TextEnd::kMore, if that depends on what follows.
-size_t next_line_part(std::string_view text, Tokenizer::TextEnd end);
+// after `max_bytes` (4 or more) at the latest, in front of the last space if there is one, else
+// between two characters. 0 if `text` is empty or, with TextEnd::kMore, if that depends on what
+// follows.
+size_t next_line_part(std::string_view text,
+                      Tokenizer::TextEnd end,
+                      size_t max_bytes = kMaxLineBytes);
 
 // Length of the longest prefix of `text` that sentencepiece gives back as it was.
 size_t plain_prefix(std::string_view text);

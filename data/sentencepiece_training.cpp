@@ -18,6 +18,10 @@ constexpr int64_t kMinVocabSize = 300;
 constexpr int64_t kMaxVocabSize = 1'000'000;  // the number of candidates sentencepiece starts from
 // Past this many bytes of text, counts could overflow sentencepiece's 32-bit path.
 constexpr size_t kLargeCorpusBytes = size_t{1} << 29;
+// The longest stretch to learn from: about sentencepiece's own default. Its BPE trainer shifts the
+// place of a character in its word left by 16 bits of an int, and so writes outside its tables from
+// place 32,768 on; its unigram trainer ends the process when a sum over a long line is no number.
+constexpr size_t kMaxStretchBytes = 4096;
 
 // A uniform sample of at most `limit` lines of a stream whose length is not known (Vitter's
 // algorithm R). The draws are written out, for std::uniform_int_distribution may differ between
@@ -44,17 +48,20 @@ class LineSample {
 };
 
 // Adds the stretches of `line` that sentencepiece can learn from. It takes U+2585 as a sign of its
-// own and drops lines that hold one, and a tab as a border that no token crosses.
+// own and drops lines that hold one, and a tab as a border that no token crosses. Stretches are cut
+// here and not in the tokenizer too: where it cuts decides the ids of text.
 void add_line(std::string_view line, LineSample& sample) {
   constexpr std::string_view kReserved = "\xE2\x96\x85";
   const auto add_without_reserved = [&](std::string_view text) {
     while (!text.empty()) {
       const size_t border = std::min(text.find('\t'), text.find(kReserved));
-      const std::string_view stretch = text.substr(0, border);
-      if (!stretch.empty()) {
-        sample.add(stretch);
-      }
+      std::string_view stretch = text.substr(0, border);
       text.remove_prefix(stretch.size());
+      while (const size_t length =
+                 next_line_part(stretch, Tokenizer::TextEnd::kFinal, kMaxStretchBytes)) {
+        sample.add(stretch.substr(0, length));
+        stretch.remove_prefix(length);
+      }
       if (!text.empty()) {
         text.remove_prefix(text[0] == '\t' ? 1 : kReserved.size());
       }
@@ -114,7 +121,7 @@ std::unordered_map<std::string, std::string> trainer_options(const Sentencepiece
       // A digit a token, as World does nearly; runs of spaces may become tokens, for code's sake.
       {"split_digits", "true"},
       {"allow_whitespace_only_pieces", "true"},
-      {"max_sentence_length", std::to_string(2 * kMaxLineBytes)},
+      {"max_sentence_length", std::to_string(kMaxStretchBytes)},
       // Sums are split by thread: the number must not depend on the machine.
       {"num_threads", "16"},
       {"train_extremely_large_corpus", corpus_bytes > kLargeCorpusBytes ? "true" : "false"},

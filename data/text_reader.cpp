@@ -282,6 +282,10 @@ bool TextReader::next(TextPiece& piece) {
   return impl_->next(piece);
 }
 
+const std::string& TextReader::path() const {
+  return impl_->paths_[impl_->next_path_ - 1];
+}
+
 uint64_t TextReader::bytes_read() const {
   return impl_->closed_bytes_ + (impl_->source_ != nullptr ? impl_->source_->bytes_read() : 0);
 }

@@ -48,6 +48,9 @@ class TextReader {
   // passed through: a .txt file is bytes. After an error the reader is of no more use.
   bool next(TextPiece& piece);
 
+  // The file that the last piece is of.
+  const std::string& path() const;
+
   // Bytes read so far of the files as they lie on disk, and their total size: for progress lines.
   uint64_t bytes_read() const;
   uint64_t bytes_total() const;

@@ -4,10 +4,13 @@
 #include <chrono>
 #include <deque>
 #include <future>
+#include <stdexcept>
 #include <string>
 #include <string_view>
 #include <utility>
 #include <vector>
+
+#include "data/number_text.h"
 
 namespace rwkv {
 namespace {
@@ -17,6 +20,10 @@ constexpr std::chrono::milliseconds kProgressInterval{250};
 // Text that one thread encodes at a time: enough that starting a thread for it costs nothing
 // beside.
 constexpr size_t kBatchBytes = size_t{1} << 20;
+
+// Text that may wait for a place to cut: as much as a row of .jsonl may have. Encoding it takes
+// some tens of times the memory.
+constexpr size_t kMaxHeldBytes = size_t{64} << 20;
 
 // Documents that came whole, and where each ends.
 struct TextBatch {
@@ -102,7 +109,8 @@ class PieceEncoder {
 
   bool in_document() const { return in_document_; }
 
-  void encode(const TextPiece& piece) {
+  // `path` is for the error text.
+  void encode(const TextPiece& piece, const std::string& path) {
     in_document_ = !piece.ends_document;
     // Most pieces meet nothing held back and are encoded where they lie.
     std::string_view text = piece.text;
@@ -121,6 +129,13 @@ class PieceEncoder {
       held_ = text.substr(done);
     } else {
       held_.erase(0, done);
+    }
+    if (held_.size() > kMaxHeldBytes) {
+      throw std::runtime_error(path + ": more than " + grouped(kMaxHeldBytes) +
+                               " bytes of a document without a place where the tokenizer " +
+                               tokenizer_.identity() +
+                               " can cut it, expected line ends; break its lines, or make a .jsonl "
+                               "file with a document a row");
     }
   }
 
@@ -162,7 +177,7 @@ TokenizeResult tokenize_corpus(TextReader& reader,
       documents.encode(piece.text);
     } else {
       documents.finish();
-      pieces.encode(piece);
+      pieces.encode(piece, reader.path());
     }
     if (Clock::now() - last_report >= kProgressInterval) {
       report();

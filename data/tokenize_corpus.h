@@ -35,9 +35,10 @@ TokenizerRecord record_of(const Tokenizer& tokenizer);
 // same on any number of threads.
 // Memory: for each thread a megabyte of text, or one longer row, and its ids; of a document in
 // several pieces, a piece (see TextPiece) and what the tokenizer could not yet encode (a document
-// of one endless word is held whole). `progress`, if given, is called about four times a second,
-// and once at the end. Throws what the reader, the tokenizer and the writer throw;
-// std::runtime_error if the files hold no text.
+// of one endless word is held whole, and refused if that is more than 64 MiB). `progress`, if
+// given, is called about four times a second, and once at the end. Throws what the reader, the
+// tokenizer and the writer throw; std::runtime_error if the files hold no text, or 64 MiB that
+// cannot be cut.
 TokenizeResult tokenize_corpus(
     TextReader& reader,
     const Tokenizer& tokenizer,

@@ -3,23 +3,38 @@
 #include <stdexcept>
 #include <string_view>
 
+#include "model/formats/checks.h"
+
 namespace rwkv {
 namespace {
 
-// Size of an axis of a tensor that has to have `rank` axes.
-int64_t size_of_axis(const TensorShapes& shapes,
-                     const std::string& name,
-                     size_t rank,
-                     size_t axis) {
+const std::vector<int64_t>& shape_of(const TensorShapes& shapes, const std::string& name) {
   const auto found = shapes.find(name);
   if (found == shapes.end()) {
     throw std::runtime_error(name + " is missing, and every rwkv4 model has it");
   }
-  if (found->second.size() != rank) {
-    throw std::runtime_error(name + " has " + std::to_string(found->second.size()) +
-                             " axes, expected " + std::to_string(rank));
+  return found->second;
+}
+
+// Size of the first axis of a matrix.
+int64_t num_rows(const TensorShapes& shapes, const std::string& name) {
+  const std::vector<int64_t>& shape = shape_of(shapes, name);
+  if (shape.size() != 2) {
+    throw std::runtime_error(name + " has " + std::to_string(shape.size()) + " axes, expected 2");
   }
-  return found->second[axis];
+  return shape[0];
+}
+
+void require_shape(const TensorShapes& shapes,
+                   const std::string& name,
+                   const std::vector<int64_t>& expected) {
+  const std::vector<int64_t>& shape = shape_of(shapes, name);
+  if (shape != expected) {
+    throw std::runtime_error(name + " is " + shape_text(shape) + ", expected " +
+                             shape_text(expected) + " beside emb.weight, " +
+                             shape_text(shape_of(shapes, "emb.weight")) +
+                             ", and blocks.0; the file is damaged");
+  }
 }
 
 int64_t num_layers(const TensorShapes& shapes) {
@@ -67,11 +82,24 @@ bool is_rwkv4(const TensorShapes& shapes) {
 ModelConfig rwkv4_config_of(const TensorShapes& shapes) {
   ModelConfig config;
   config.version = "rwkv4";
-  config.vocab_size = size_of_axis(shapes, "emb.weight", 2, 0);
-  config.n_embd = size_of_axis(shapes, "emb.weight", 2, 1);
-  config.dim_att = size_of_axis(shapes, "blocks.0.att.key.weight", 2, 0);
-  config.dim_ffn = size_of_axis(shapes, "blocks.0.ffn.key.weight", 2, 0);
+  config.vocab_size = num_rows(shapes, "emb.weight");
+  config.n_embd = shape_of(shapes, "emb.weight")[1];
+  config.dim_att = num_rows(shapes, "blocks.0.att.key.weight");
+  config.dim_ffn = num_rows(shapes, "blocks.0.ffn.key.weight");
   config.n_layer = num_layers(shapes);
+  // A model of these sizes is built before the tensors are loaded into it. What names a size, or a
+  // layer, must therefore have the elements of one: a shape with a 0 in it costs a file nothing.
+  if (config.vocab_size == 0 || config.n_embd == 0) {
+    throw std::runtime_error(
+        "emb.weight is " + shape_text(shape_of(shapes, "emb.weight")) +
+        ", expected [vocab_size, n_embd], both 1 or more; the file is damaged");
+  }
+  for (int64_t layer = 0; layer < config.n_layer; ++layer) {
+    const std::string block = "blocks." + std::to_string(layer);
+    require_shape(shapes, block + ".ln1.weight", {config.n_embd});
+    require_shape(shapes, block + ".att.key.weight", {config.dim_att, config.n_embd});
+    require_shape(shapes, block + ".ffn.key.weight", {config.dim_ffn, config.n_embd});
+  }
   return config;
 }
 

@@ -19,7 +19,9 @@ using TensorShapes = std::map<std::string, std::vector<int64_t>, std::less<>>;
 TensorShapes shapes_of(const WeightFile& file);
 
 // Whether the tensors are an RWKV-4's, and the sizes they have (ctx_len is not in a file: it stays
-// the default). Throws std::runtime_error naming a tensor that is missing or of an odd shape.
+// the default). Throws std::runtime_error naming a tensor that is missing or of an odd shape: of
+// each layer those are looked at that bound how much larger than the file a model of these sizes
+// is.
 bool is_rwkv4(const TensorShapes& shapes);
 ModelConfig rwkv4_config_of(const TensorShapes& shapes);
 

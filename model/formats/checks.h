@@ -31,6 +31,9 @@ void check_stored_tensor(const StoredTensor& tensor, const std::string& where);
 constexpr size_t kMaxNameBytes = 1024;
 // RWKV's tensors have at most 4 dimensions.
 constexpr size_t kMaxRank = 8;
+// A 14B model has 1,000 tensors. Bounds what a file costs in memory, where a tensor takes hundreds
+// of bytes and a pickle names one in ten.
+constexpr size_t kMaxTensors = size_t{1} << 16;
 // Throws std::runtime_error, starting with `where`, for a name that occurs twice, is not UTF-8 or
 // is longer than kMaxNameBytes.
 void check_stored_names(std::span<const std::string_view> names, const std::string& where);

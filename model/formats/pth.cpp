@@ -6,6 +6,7 @@
 #include <stdexcept>
 
 #include "data/atomic_file.h"
+#include "data/number_text.h"
 #include "model/formats/checks.h"
 #include "model/formats/pickle.h"
 #include "model/formats/state_dict.h"
@@ -22,9 +23,12 @@ constexpr std::string_view kFolder = "archive";
 constexpr std::string_view kLegacyMagic("\x6c\xfc\x9c\x46\xf9\x20\x6a\xa8\x50\x19", 10);
 constexpr int64_t kLegacyProtocol = 1001;
 
-// A tensor may repeat elements (stride 0) and tensors may share them, but a file of a few bytes
-// must not claim gigabytes: all tensors together may be this many times the file.
-constexpr int64_t kMaxExpansion = 256;
+// A tensor may repeat elements (stride 0) and tensors may share them, but a small file must not
+// claim gigabytes. All tensors together may be 4 times the file, a small file's up to 256 times as
+// long as they stay under 128 MiB.
+int64_t max_tensor_bytes(int64_t file_bytes) {
+  return std::max(4 * file_bytes, std::min(256 * file_bytes, int64_t{128} << 20));
+}
 
 std::string_view as_text(std::span<const std::byte> bytes) {
   return {reinterpret_cast<const char*>(bytes.data()), bytes.size()};
@@ -52,7 +56,7 @@ std::vector<StoredTensor> resolve(std::vector<TensorReference> references,
                                   const MappedFile& file) {
   std::vector<StoredTensor> tensors;
   tensors.reserve(references.size());
-  const auto limit = static_cast<int64_t>(file.bytes().size()) * kMaxExpansion;
+  const int64_t limit = max_tensor_bytes(static_cast<int64_t>(file.bytes().size()));
   int64_t total_bytes = 0;
   for (TensorReference& reference : references) {
     tensors.push_back({.name = std::move(reference.name),
@@ -66,10 +70,11 @@ std::vector<StoredTensor> resolve(std::vector<TensorReference> references,
     if (__builtin_add_overflow(
             total_bytes, tensor.num_elements() * size_of(tensor.dtype), &total_bytes) ||
         total_bytes > limit) {
-      throw std::runtime_error(file.path() + ": " + std::to_string(file.bytes().size()) +
-                               " bytes, but up to " + in_quotes(tensor.name) +
-                               " its tensors claim more than " + std::to_string(kMaxExpansion) +
-                               " times that; the file is damaged");
+      throw std::runtime_error(file.path() + ": its tensors up to " + in_quotes(tensor.name) +
+                               " have " + grouped(static_cast<uint64_t>(total_bytes)) +
+                               " bytes, expected at most " + grouped(static_cast<uint64_t>(limit)) +
+                               " in a file of " + grouped(file.bytes().size()) +
+                               "; save tensor.clone() of those that repeat or share elements");
     }
   }
   return tensors;
@@ -108,14 +113,9 @@ std::vector<StoredTensor> read_zip(const MappedFile& file) {
     }
   }
   const ZipEntry& pickle_entry = *archive.find(folder + "data.pkl");
-  const auto pickle_bytes = archive.data(pickle_entry);
-  // PyTorch can be told to leave checksums out; it then writes 0.
-  if (pickle_entry.crc != 0 && pickle_entry.crc != crc32_of(pickle_bytes)) {
-    throw std::runtime_error(file.path() +
-                             ": data.pkl does not match its checksum; the file is damaged");
-  }
+  archive.verify(pickle_entry);
   const std::string where = file.path() + ": data.pkl";
-  const Pickle pickle = read_pickle(pickle_bytes, where, state_dict_globals());
+  const Pickle pickle = read_pickle(archive.data(pickle_entry), where, state_dict_globals());
 
   const auto bytes_of = [&](const StorageReference& storage) {
     const ZipEntry* entry = archive.find(folder + "data/" + std::string(storage.key));
@@ -284,6 +284,19 @@ WeightFile read_pth(const std::string& path) {
                              "magic number of the legacy container)");
   }
   return file;
+}
+
+void verify_checksums(const WeightFile& file) {
+  if (!starts_like_zip(file.mapping->bytes())) {
+    return;
+  }
+  const ZipArchive archive(file.mapping->bytes(), file.path);
+  const std::string storages = std::string(find_folder(archive, file.path)) + "data/";
+  for (const ZipEntry& entry : archive.entries()) {
+    if (entry.name.starts_with(storages)) {
+      archive.verify(entry);
+    }
+  }
 }
 
 void write_pth(const std::string& path, std::span<const TensorToWrite> tensors) {

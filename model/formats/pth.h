@@ -32,11 +32,16 @@ bool is_pth(std::span<const std::byte> file);
 // Throws std::runtime_error naming the path, what was found, what was expected: a cut file, entries
 // outside the file, a compressed entry, a big-endian file, a forbidden global or opcode, a tensor
 // that reaches outside its storage, no tensors at all, one name twice.
-// The cost of a hostile file is bounded: a pickle may have 64 MiB and 2^20 values, a tensor 8
-// dimensions, a name 1024 bytes, and all tensors together may be 256 times the file (stride 0 and
-// shared storages let them be more than it). The checksum of data.pkl is compared if there is one
-// (PyTorch can leave it out); those of the tensors are not, for that would read all of them.
+// The cost of a hostile file is bounded: a pickle may have 64 MiB and 2^20 values, a file 2^16
+// tensors, a tensor 8 dimensions, a name 1024 bytes, and all tensors together may be 4 times the
+// file, or 256 times up to 128 MiB (stride 0 and shared storages let them be more than it). The
+// checksum of data.pkl is compared if there is one (PyTorch can leave it out); those of the tensors
+// are not, for that would read all of them.
 WeightFile read_pth(const std::string& path);
+// Compares the checksums of all tensors' bytes, for whoever reads them all anyway. Only the zip
+// container has some: a file of another format, or one without checksums, passes. Throws
+// std::runtime_error naming the path and the storage that is damaged.
+void verify_checksums(const WeightFile& file);
 // Writes the zip container: an OrderedDict of tensors on the CPU, one storage each, data aligned to
 // 64 bytes (torch.load(mmap=True) wants it), zip64 where needed. torch.load(weights_only=True,
 // mmap=True) loads it. Throws std::invalid_argument for a name that occurs twice or data that does

@@ -81,6 +81,38 @@ constexpr int kMaxDictDepth = 4;
 // a shape or a key that many tensors share from multiplying.
 constexpr size_t kMaxKeyBytes = 64;
 
+// A value as an error text may show it.
+std::string shown(const PickleValue& value) {
+  switch (value.kind) {
+    case Kind::kNone:
+      return "None";
+    case Kind::kBool:
+      return value.integer != 0 ? "True" : "False";
+    case Kind::kInteger:
+      return std::to_string(value.integer);
+    case Kind::kBigInteger:
+      return "a number of more than 64 bits";
+    case Kind::kFloat:
+      return std::to_string(value.real);
+    case Kind::kText:
+      return in_quotes(value.text);
+    case Kind::kBytes:
+      return "bytes";
+    case Kind::kTuple:
+      return "a tuple of " + std::to_string(value.items.size());
+    case Kind::kList:
+      return "a list";
+    case Kind::kDict:
+      return "a dict";
+    case Kind::kGlobal:
+      return std::string(value.text);
+    case Kind::kCall:
+    case Kind::kPersistent:
+      return "an object";
+  }
+  return "";
+}
+
 class Reader {
  public:
   Reader(const Pickle& pickle, const std::string& where)
@@ -101,7 +133,12 @@ class Reader {
     for (size_t i = 0; i < items.size(); i += 2) {
       if (is_tensor(items[i + 1])) {
         if (pickle_[items[i]].kind != Kind::kText) {
-          fail("a tensor is filed under something other than text, expected its name");
+          fail("a tensor is filed under " + shown(pickle_[items[i]]) +
+               ", expected its name, a text");
+        }
+        if (names.size() == kMaxTensors) {
+          fail("there are more than " + std::to_string(kMaxTensors) +
+               " tensors, far more than a model has; the file is damaged");
         }
         names.push_back(pickle_[items[i]].text);
         values.push_back(items[i + 1]);
@@ -117,36 +154,40 @@ class Reader {
     return tensors;
   }
 
-  StorageReference to_storage(PickleIndex index) const {
+  // `owner` is for the error texts: the tensor, if it is known.
+  StorageReference to_storage(PickleIndex index, const std::string& owner) const {
     const PickleValue& value = pickle_[index];
     if (value.kind != Kind::kPersistent) {
-      fail("a tensor has no storage; the file is damaged");
+      fail(owner + " has " + shown(value) + " as its storage, expected one; the file is damaged");
     }
     const PickleValue& id = pickle_[value.items[0]];
     if (id.kind != Kind::kTuple || id.items.size() < 5 || id.items.size() > 6 ||
         text_of(id.items[0]) != "storage" || pickle_[id.items[1]].kind != Kind::kGlobal ||
         pickle_[id.items[2]].kind != Kind::kText ||
         pickle_[id.items[2]].text.size() > kMaxKeyBytes) {
-      fail("a storage is not (\"storage\", class, key, location, numel); the file is damaged");
+      fail("the storage of " + owner + " is " + shown(id) +
+           ", expected (\"storage\", class, key, location, numel); the file is damaged");
     }
     const std::string_view global = pickle_[id.items[1]].text;
     const auto row = std::find_if(kStorageClasses.begin(),
                                   kStorageClasses.end(),
                                   [&](const auto& r) { return r.global == global; });
     if (row == kStorageClasses.end()) {
-      fail("a storage is of class " + in_quotes(global) + ", expected torch.FloatStorage or alike");
+      fail("the storage of " + owner + " is of class " + in_quotes(global) +
+           ", expected torch.FloatStorage or alike");
     }
     StorageReference storage{.key = text_of(id.items[2]),
                              .dtype = row->dtype,
-                             .num_elements = to_integer(id.items[4]),
+                             .num_elements = to_integer(id.items[4], owner, "numel"),
                              .view = std::nullopt};
     if (id.items.size() == 6 && pickle_[id.items[5]].kind != Kind::kNone) {
       const PickleValue& view = pickle_[id.items[5]];
       if (view.kind != Kind::kTuple || view.items.size() != 3) {
-        fail("the view of a storage is not (key, offset, numel); the file is damaged");
+        fail("the view of the storage of " + owner + " is " + shown(view) +
+             ", expected (key, offset, numel); the file is damaged");
       }
-      storage.view = {.offset = to_integer(view.items[1]),
-                      .num_elements = to_integer(view.items[2])};
+      storage.view = {.offset = to_integer(view.items[1], owner, "view's offset"),
+                      .num_elements = to_integer(view.items[2], owner, "view's numel")};
     }
     return storage;
   }
@@ -162,10 +203,11 @@ class Reader {
     return value.kind == Kind::kText ? value.text : std::string_view();
   }
 
-  int64_t to_integer(PickleIndex index) const {
+  int64_t to_integer(PickleIndex index, const std::string& owner, const std::string& what) const {
     const PickleValue& value = pickle_[index];
     if (value.kind != Kind::kInteger || value.integer < 0) {
-      fail("a size, stride or offset is not a number of at least 0; the file is damaged");
+      fail(owner + " has the " + what + " " + shown(value) +
+           ", expected a whole number of at least 0; the file is damaged");
     }
     return value.integer;
   }
@@ -232,27 +274,32 @@ class Reader {
     }
   }
 
-  std::vector<int64_t> to_sizes(PickleIndex index) const {
+  // `what` is "size" or "stride".
+  std::vector<int64_t> to_sizes(PickleIndex index,
+                                const std::string& owner,
+                                const std::string& what) const {
     const PickleValue* value = &pickle_[index];
     if (callee_of(index) == kSize) {
       const PickleValue& arguments = pickle_[value->items[1]];
       value = arguments.items.size() == 1 ? &pickle_[arguments.items[0]] : nullptr;
     }
     if (value == nullptr || (value->kind != Kind::kTuple && value->kind != Kind::kList)) {
-      fail("a tensor's sizes or strides are not a tuple; the file is damaged");
+      fail("the " + what + "s of " + owner + " are " + shown(pickle_[index]) +
+           ", expected a tuple of whole numbers; the file is damaged");
     }
     if (value->items.size() > kMaxRank) {
-      fail("a tensor has " + std::to_string(value->items.size()) +
+      fail(owner + " has " + std::to_string(value->items.size()) +
            " dimensions, expected at most " + std::to_string(kMaxRank));
     }
     std::vector<int64_t> sizes;
     for (const PickleIndex item : value->items) {
-      sizes.push_back(to_integer(item));
+      sizes.push_back(to_integer(item, owner, what));
     }
     return sizes;
   }
 
   TensorReference to_tensor(PickleIndex index, std::string_view name) const {
+    const std::string owner = "the tensor " + in_quotes(name);
     // A parameter holds its tensor as first argument; a parameter of a parameter does not occur.
     if (callee_of(index) == kParameter) {
       const PickleValue& arguments = pickle_[pickle_[index].items[1]];
@@ -264,24 +311,23 @@ class Reader {
     }
     const std::vector<PickleIndex>& arguments = pickle_[pickle_[index].items[1]].items;
     if (arguments.size() < 4) {
-      fail("the tensor " + in_quotes(name) + " has " + std::to_string(arguments.size()) +
+      fail(owner + " has " + std::to_string(arguments.size()) +
            " arguments, expected storage, offset, sizes and strides; the file is damaged");
     }
     if (arguments.size() > 6) {
-      refuse_marks(arguments[6], name);
+      refuse_marks(arguments[6], owner);
     }
     return {.name = std::string(name),
-            .storage = to_storage(arguments[0]),
-            .offset = to_integer(arguments[1]),
-            .shape = to_sizes(arguments[2]),
-            .strides = to_sizes(arguments[3])};
+            .storage = to_storage(arguments[0], owner),
+            .offset = to_integer(arguments[1], owner, "offset"),
+            .shape = to_sizes(arguments[2], owner, "size"),
+            .strides = to_sizes(arguments[3], owner, "stride")};
   }
 
   // A tensor may be marked as negated or conjugated: its values are not the bytes of its storage.
-  void refuse_marks(PickleIndex metadata, std::string_view name) const {
+  void refuse_marks(PickleIndex metadata, const std::string& owner) const {
     if (pickle_[metadata].kind == Kind::kDict && !pickle_[metadata].items.empty()) {
-      fail("the tensor " + in_quotes(name) + " carries marks (" +
-           in_quotes(text_of(pickle_[metadata].items[0])) +
+      fail(owner + " carries marks (" + in_quotes(text_of(pickle_[metadata].items[0])) +
            ") that change its values; save tensor.clone() instead");
     }
   }
@@ -321,7 +367,7 @@ std::vector<StorageReference> list_storages(const Pickle& pickle, const std::str
   std::vector<StorageReference> storages;
   for (size_t i = 0; i < pickle.values.size(); ++i) {
     if (pickle.values[i].kind == Kind::kPersistent) {
-      storages.push_back(reader.to_storage(static_cast<PickleIndex>(i)));
+      storages.push_back(reader.to_storage(static_cast<PickleIndex>(i), "a tensor"));
     }
   }
   return storages;

@@ -229,23 +229,31 @@ const ZipEntry* ZipArchive::find(std::string_view name) const {
 }
 
 std::span<const std::byte> ZipArchive::data(const ZipEntry& entry) const {
-  if (entry.method != 0) {
-    fail(in_quotes(entry.name) + " is compressed (method " + std::to_string(entry.method) +
-         "), expected stored, as torch.save writes it; was the file packed again? Load it with "
-         "torch.load and save it anew");
-  }
-  if ((entry.flags & kFlagEncrypted) != 0) {
-    fail(in_quotes(entry.name) + " is encrypted, expected plain");
-  }
+  require_plain(entry.name, entry.method, entry.flags);
   // Everything but the directory lies before the directory.
   if (!lies_inside(entry.header_offset, kLocalBytes, directory_offset_) ||
       number_at<uint32_t>(file_, entry.header_offset) != kLocalSignature) {
     fail(in_quotes(entry.name) + " is said to be at offset " + std::to_string(entry.header_offset) +
          ", where no zip entry starts; the file is damaged");
   }
-  const uint64_t start = entry.header_offset + kLocalBytes +
-                         number_at<uint16_t>(file_, entry.header_offset + 26) +
-                         number_at<uint16_t>(file_, entry.header_offset + 28);
+  // What the local header says of the entry must be what the directory says, or the data that
+  // follows it are not the entry's.
+  require_plain(entry.name,
+                number_at<uint16_t>(file_, entry.header_offset + 8),
+                number_at<uint16_t>(file_, entry.header_offset + 6));
+  const uint64_t name_begin = entry.header_offset + kLocalBytes;
+  const uint64_t name_bytes = number_at<uint16_t>(file_, entry.header_offset + 26);
+  const uint64_t start =
+      name_begin + name_bytes + number_at<uint16_t>(file_, entry.header_offset + 28);
+  if (lies_inside(name_begin, name_bytes, directory_offset_)) {
+    const std::string_view name(reinterpret_cast<const char*>(file_.data()) + name_begin,
+                                name_bytes);
+    if (name != entry.name) {
+      fail(in_quotes(entry.name) + " is said to be at offset " +
+           std::to_string(entry.header_offset) + ", where " + in_quotes(name) +
+           " is; the file is damaged");
+    }
+  }
   if (!lies_inside(start, entry.stored_bytes, directory_offset_)) {
     fail(in_quotes(entry.name) + " of " + std::to_string(entry.stored_bytes) + " bytes at offset " +
          std::to_string(start) +
@@ -253,6 +261,27 @@ std::span<const std::byte> ZipArchive::data(const ZipEntry& entry) const {
          "damaged");
   }
   return file_.subspan(start, entry.stored_bytes);
+}
+
+void ZipArchive::verify(const ZipEntry& entry) const {
+  const uint32_t crc = crc32_of(data(entry));
+  if (entry.crc != 0 && entry.crc != crc) {
+    fail(in_quotes(entry.name) + " has the checksum " + std::to_string(crc) + ", expected " +
+         std::to_string(entry.crc) +
+         " as the zip directory says; the file is damaged: use another "
+         "copy");
+  }
+}
+
+void ZipArchive::require_plain(std::string_view name, uint16_t method, uint16_t flags) const {
+  if (method != 0) {
+    fail(in_quotes(name) + " is compressed (method " + std::to_string(method) +
+         "), expected stored, as torch.save writes it; was the file packed again? Load it with "
+         "torch.load and save it anew");
+  }
+  if ((flags & kFlagEncrypted) != 0) {
+    fail(in_quotes(name) + " is encrypted, expected plain");
+  }
 }
 
 uint32_t crc32_of(std::span<const std::byte> data) {

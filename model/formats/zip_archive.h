@@ -41,8 +41,12 @@ class ZipArchive {
   // Null if there is none of that name.
   const ZipEntry* find(std::string_view name) const;
   // The entry's bytes, in place. Throws std::runtime_error if the entry is compressed or encrypted
-  // or lies outside the file. The checksum is left alone: it would read gigabytes of weights.
+  // (in the directory or by its local header), lies outside the file, or lies where the local
+  // header has another name. The checksum is left alone: it would read gigabytes of weights.
   std::span<const std::byte> data(const ZipEntry& entry) const;
+  // Reads the entry's bytes and throws std::runtime_error if they do not match the checksum. One of
+  // 0 is none: so PyTorch writes it where it was told to leave checksums out.
+  void verify(const ZipEntry& entry) const;
 
  private:
   struct Directory {
@@ -54,6 +58,7 @@ class ZipArchive {
   Directory read_zip64_directory(uint64_t locator_offset) const;
   void read_entries(const Directory& directory);
   void index_names();
+  void require_plain(std::string_view name, uint16_t method, uint16_t flags) const;
   [[noreturn]] void fail(const std::string& what) const;
 
   std::span<const std::byte> file_;

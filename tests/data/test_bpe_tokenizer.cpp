@@ -66,6 +66,7 @@ TEST(BpeTokenizer, CutsProseCloseToTheEndOfTheBuffer) {
   std::vector<int32_t> ids;
   EXPECT_EQ(neox().encode_part("one two three", Tokenizer::TextEnd::kMore, ids), 7u);
   EXPECT_EQ(neox().encode_part("one\ntwo", Tokenizer::TextEnd::kMore, ids), 3u);
+  EXPECT_EQ(neox().encode_part("one\r\ntwo", Tokenizer::TextEnd::kMore, ids), 3u);
   // After the space a second one may follow, and in front of it stands white space.
   EXPECT_EQ(neox().encode_part("one ", Tokenizer::TextEnd::kMore, ids), 0u);
   EXPECT_EQ(neox().encode_part("one \n two", Tokenizer::TextEnd::kMore, ids), 0u);
@@ -287,16 +288,33 @@ TEST_F(BpeFileChecks, RefusesContradictions) {
   EXPECT_THAT(error(), HasSubstr("lacks a token for the byte 97"));
 }
 
+TEST_F(BpeFileChecks, TakesManyAddedTokensInTime) {
+  nlohmann::json entry = json_["added_tokens"][0];
+  for (int i = 0; i < 60'000; ++i) {
+    entry["id"] = 300 + i;
+    entry["content"] = std::string(150, 'z') + std::to_string(100'000 + i);
+    json_["added_tokens"].push_back(entry);
+  }
+  const std::string path = write(json_.dump());
+  const auto start = std::chrono::steady_clock::now();
+  EXPECT_EQ(BpeTokenizer(path).vocab_size(), 60'300);
+  // Each compared with each takes 20 s.
+  EXPECT_LT(std::chrono::steady_clock::now() - start, std::chrono::seconds(10));
+}
+
 TEST_F(BpeFileChecks, CutsNowhereThatAnAddedTokenReachesAcross) {
-  json_["added_tokens"][0]["content"] = "x y\nz";
-  const BpeTokenizer tokenizer(write(json_.dump()));
-  std::mt19937_64 random(6);
-  for (int i = 0; i < 300; ++i) {
-    std::string text;
-    for (size_t n = random() % 12; n > 0; --n) {
-      text += std::vector<std::string>{"x y\nz", "x", " ", "y", "\n", "z"}[random() % 6];
+  for (const std::string end : {"\n", "\r"}) {
+    const std::string token = "x y" + end + "z";
+    json_["added_tokens"][0]["content"] = token;
+    const BpeTokenizer tokenizer(write(json_.dump()));
+    std::mt19937_64 random(6);
+    for (int i = 0; i < 300; ++i) {
+      std::string text;
+      for (size_t n = random() % 12; n > 0; --n) {
+        text += std::vector<std::string>{token, "x", " ", "y", end, "z"}[random() % 6];
+      }
+      ASSERT_EQ(test::encode_in_parts(tokenizer, text, 2), tokenizer.encode(text)) << text;
     }
-    ASSERT_EQ(test::encode_in_parts(tokenizer, text, 2), tokenizer.encode(text)) << text;
   }
 }
 
@@ -346,6 +364,25 @@ TEST(BpeMerges, GiveLongPiecesWhatTheyGiveShortOnes) {
     table.encode(text, ids, scratch);
     ASSERT_EQ(ids, plainly(text)) << text;
   }
+}
+
+TEST(BpeMerges, RefuseIdsChosenToCollide) {
+  // All in one of 4096 places of the table, for 2000 of them take 4096.
+  std::vector<BpeMerges::Merge> merges;
+  for (int32_t right = 0; merges.size() < 2000; ++right) {
+    if (static_cast<uint64_t>(right) * 0x9E3779B97F4A7C15 >> 52 == 0) {
+      merges.push_back({0, right, 1});
+    }
+  }
+  EXPECT_THAT(THROWN_TEXT(std::invalid_argument, BpeMerges({}, merges, {})),
+              HasSubstr("merge 512 has ids that fall on the same place"));
+  merges.resize(512);
+  std::array<int32_t, 256> byte_ids{};
+  byte_ids['b'] = merges.back().right;
+  std::vector<int32_t> ids;
+  BpeMerges::Scratch scratch;
+  BpeMerges(byte_ids, merges, {}).encode("ab", ids, scratch);
+  EXPECT_THAT(ids, ElementsAre(1));
 }
 
 TEST(BpeMerges, TakeAPieceOfAMegabyteInSeconds) {

@@ -5,6 +5,7 @@
 #include <gmock/gmock.h>
 #include <gtest/gtest.h>
 #include <sys/mman.h>
+#include <sys/stat.h>
 #include <unistd.h>
 
 #include "data/mapped_file.h"
@@ -30,6 +31,10 @@ TEST(MappedFile, NamesWhatCannotBeMapped) {
               testing::HasSubstr("none: cannot be opened: No such file"));
   EXPECT_THAT(THROWN_TEXT(std::runtime_error, MappedFile(folder.path())),
               testing::HasSubstr("is a directory, expected a file"));
+  // It would wait for a writer.
+  ASSERT_EQ(::mkfifo(folder.path("pipe").c_str(), 0600), 0);
+  EXPECT_THAT(THROWN_TEXT(std::runtime_error, MappedFile(folder.path("pipe"))),
+              testing::HasSubstr("pipe: is not a regular file, expected a file"));
 }
 
 constexpr size_t kBytes = size_t{1} << 20;

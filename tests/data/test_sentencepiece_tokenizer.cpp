@@ -1,6 +1,7 @@
 #include <gmock/gmock.h>
 #include <gtest/gtest.h>
 
+#include "data/protobuf_message.h"
 #include "data/sentencepiece_text.h"
 #include "data/sentencepiece_tokenizer.h"
 #include "data/sentencepiece_training.h"
@@ -246,6 +247,26 @@ TEST_P(TrainedSentencepiece, TakesTextsThatSentencepieceStumblesOver) {
   EXPECT_TRUE(tokenizer.decode(tokenizer.encode(text)) == text);
 }
 
+TEST_P(TrainedSentencepiece, LearnsFromWordsAndRunsOfSpacesOfAnyLength) {
+  const test::TempFolder folder;
+  std::string text = made_up_text(1).substr(0, 8000) + "\n";
+  std::mt19937_64 random(1);
+  for (const size_t length : {size_t{40'000}, kMaxLineBytes - 1}) {
+    std::string word;
+    while (word.size() < length) {
+      word += static_cast<char>('a' + random() % 26);
+    }
+    text += word + "\n" + std::string(length, 'a') + "\n" + std::string(length, ' ') + "\n";
+  }
+  test::write_file(folder.path("text.txt"), text);
+  train_sentencepiece({.text_files = {folder.path("text.txt")},
+                       .model_path = folder.path("a.model"),
+                       .vocab_size = 400,
+                       .kind = GetParam()});
+  const SentencepieceTokenizer tokenizer(folder.path("a.model"));
+  EXPECT_TRUE(tokenizer.decode(tokenizer.encode(text)) == text);
+}
+
 TEST_P(TrainedSentencepiece, IsNotLosslessWithoutAPieceForSpaces) {
   const test::TempFolder folder;
   std::string text = made_up_text(1);
@@ -260,10 +281,11 @@ TEST_P(TrainedSentencepiece, IsNotLosslessWithoutAPieceForSpaces) {
   EXPECT_FALSE(tokenizer.is_lossless());
 }
 
-// A protobuf field with a length, of less than 128 bytes.
-std::string field(int number, const std::string& content) {
-  return std::string{static_cast<char>(number << 3 | 2), static_cast<char>(content.size())} +
-         content;
+// A protobuf field with a length.
+std::string field(uint32_t number, const std::string& content) {
+  MessageWriter writer;
+  writer.bytes(number, content);
+  return writer.message();
 }
 
 TEST_P(TrainedSentencepiece, RefusesPiecesThatAreNoText) {
@@ -388,13 +410,7 @@ std::string with_replacements(const std::string& model,
   numbers.insert(numbers.begin(), static_cast<uint32_t>(4 * units.size()));
   const std::string map =
       std::string(reinterpret_cast<const char*>(numbers.data()), 4 * numbers.size()) + texts;
-  const auto long_field = [](int number, const std::string& content) {
-    return std::string{static_cast<char>(number << 3 | 2),
-                       static_cast<char>((content.size() & 0x7F) | 0x80),
-                       static_cast<char>(content.size() >> 7)} +
-           content;
-  };
-  return model + long_field(3, long_field(2, map));
+  return model + field(3, field(2, map));
 }
 
 TEST(SentencepieceTokenizer, RefusesATableOfReplacementsThatReachesOutsideItself) {
@@ -417,12 +433,51 @@ TEST(SentencepieceTokenizer, RefusesATableOfReplacementsThatReachesOutsideItself
   broken['b'] = 'b' | 512 << 10;
   EXPECT_THAT(refusal(broken, texts), HasSubstr("points to unit 610 of 512"));
   broken = units;
+  broken[0] = uint32_t{1} << 31 | 512 << 10;
+  EXPECT_THAT(refusal(broken, texts), HasSubstr("points to unit 2097664 of 512"));
+  broken = units;
   broken[256] |= 2;
   EXPECT_THAT(refusal(broken, texts), HasSubstr("a text outside its 2 bytes"));
   EXPECT_THAT(refusal(units, "x"), HasSubstr("texts that do not end"));
   EXPECT_THAT(refusal(units, ""), HasSubstr("texts that do not end"));
   EXPECT_THAT(refusal({}, texts), HasSubstr("no trie"));
   EXPECT_THAT(refusal({units.begin(), units.begin() + 100}, texts), HasSubstr("of 100"));
+}
+
+TEST(SentencepieceTokenizer, RefusesMoreThanAnyModelHolds) {
+  const test::TempFolder folder;
+  const std::string path = folder.path("a.model");
+  const std::string model = test::read_file(test::golden("dummy_prefix.model"));
+  const auto refusal = [&](const std::string& content) {
+    test::write_file(path, content);
+    return THROWN_TEXT(std::runtime_error, SentencepieceTokenizer{path});
+  };
+  // The library builds a tree as deep as the longest piece, by recursion.
+  const auto piece = [](size_t bytes) { return field(1, field(1, std::string(bytes, 'a'))); };
+  test::write_file(path, model + piece(4096));
+  EXPECT_EQ(SentencepieceTokenizer(path).vocab_size(), 401);
+  EXPECT_THAT(refusal(model + piece(4097)),
+              HasSubstr("a.model: piece 400 has 4,097 bytes, expected at most 4,096; "));
+  EXPECT_THAT(refusal(model + piece(150'000)), HasSubstr("piece 400 has 150,000 bytes"));
+  // What the unknown token decodes to.
+  EXPECT_THAT(refusal(model + field(2, field(44, std::string(4097, 'a')))),
+              HasSubstr("unknown token decodes to 4,097 bytes, expected at most 4,096"));
+  std::string empty_pieces;
+  for (int i = 0; i < (1 << 20) + 1; ++i) {
+    empty_pieces += std::string("\x0A\0", 2);
+  }
+  EXPECT_THAT(refusal(empty_pieces), HasSubstr("holds more than 1,048,576 pieces"));
+  // "a" becomes a text of so many bytes.
+  const auto replacing = [&](size_t bytes) {
+    std::vector<uint32_t> units(512, 0);
+    units['a'] = 'a' | 0x100 | (256 ^ 'a') << 10;
+    units[256] = uint32_t{1} << 31;
+    return with_replacements(model, units, std::string(bytes, 'x') + '\0');
+  };
+  test::write_file(path, replacing(256));
+  EXPECT_EQ(SentencepieceTokenizer(path).encode("a"),
+            SentencepieceTokenizer(path).encode(std::string(256, 'x')));
+  EXPECT_THAT(refusal(replacing(257)), HasSubstr("longer than 256 bytes"));
 }
 
 TEST(LineParts, AreLinesAndLineFeeds) {
@@ -446,6 +501,8 @@ TEST(LineParts, EndAtTheLimitWhereverTheTextGoesOn) {
   const std::string full = std::string("a b").append(kMaxLineBytes - 3, 'x');
   EXPECT_EQ(next_line_part(full + "\n", kMore), kMaxLineBytes);
   EXPECT_EQ(next_line_part(full + "x\n", kMore), 1u);
+  EXPECT_EQ(next_line_part("abc defg", kFinal, 7), 3u);
+  EXPECT_EQ(next_line_part("abcdefgh", kFinal, 7), 7u);
 }
 
 }  // namespace

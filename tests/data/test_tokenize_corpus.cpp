@@ -188,6 +188,17 @@ TEST(TokenizeCorpus, EncodesAnEndlessWord) {
             expected_ids(tokenizer, {text}));
 }
 
+TEST(TokenizeCorpus, RefusesAWordThatOutgrowsTheMemory) {
+  const test::TempFolder folder;
+  const WordTokenizer tokenizer;
+  test::write_file(folder.path("a.txt"), "fine " + std::string(70'000'000, 'x'));
+  EXPECT_THAT(THROWN_TEXT(std::runtime_error, tokenize(folder, {folder.path("a.txt")}, tokenizer)),
+              HasSubstr("a.txt: more than 67,108,864 bytes of a document without a place where the "
+                        "tokenizer words can cut it"));
+  EXPECT_LT(tokenizer.longest_call_, 70'000'000u);
+  EXPECT_THAT(folder.files(), ElementsAre("a.txt"));
+}
+
 TEST(TokenizeCorpus, MakesTheDemoCorpusByteForByte) {
   const std::string text = test::find_test_data("corpora/rwkv-lm-demo/demo.jsonl");
   SKIP_WITHOUT(text);

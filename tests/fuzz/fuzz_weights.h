@@ -2,20 +2,27 @@
 #pragma once
 
 #include <cstddef>
+#include <cstdlib>
 #include <vector>
 
+#include "model/formats/tensor_statistics.h"
 #include "model/formats/weight_file.h"
 #include "tests/fuzz/fuzz_file.h"
 
 namespace rwkv::fuzz {
 
-// Reads every element of the tensors that have few enough not to take the fuzzer's time.
-inline void copy_tensors(const WeightFile& file) {
+// Copies every element of the tensors that have few enough not to take the fuzzer's time, and takes
+// their statistics: each kind of element is a number, whatever its bits.
+inline void use_tensors(const WeightFile& file) {
   constexpr int64_t kMostBytes = 1 << 16;
   std::vector<std::byte> bytes;
   for (const StoredTensor& tensor : file.tensors) {
     if (tensor.num_elements() * size_of(tensor.dtype) <= kMostBytes && bytes.size() < 1 << 20) {
       tensor.copy_to(bytes);
+      const TensorStatistics statistics = statistics_of(tensor);
+      if (statistics.num_elements != tensor.num_elements() || !(statistics.min <= statistics.max)) {
+        std::abort();
+      }
     }
   }
 }

@@ -49,11 +49,40 @@ TEST(VersionShapes, WithoutTheirSizesAreKnownAllTheSame) {
 }
 
 TEST(VersionShapes, OfABrokenRwkv4NameTheTensor) {
-  const TensorShapes shapes = {
-      {"blocks.0.att.time_first", {8}}, {"blocks.0.att.time_mix_k", {8}}, {"emb.weight", {8}}};
-  EXPECT_TRUE(is_rwkv4(shapes));
-  EXPECT_THAT(THROWN_TEXT(std::runtime_error, rwkv4_config_of(shapes)),
-              HasSubstr("emb.weight has 1 axes, expected 2"));
+  TensorShapes right = {{"emb.weight", {256, 8}}, {"blocks.0.att.time_mix_k", {1, 1, 8}}};
+  for (const std::string block : {"blocks.0.", "blocks.1."}) {
+    right[block + "ln1.weight"] = {8};
+    right[block + "att.time_first"] = {16};
+    right[block + "att.key.weight"] = {16, 8};
+    right[block + "ffn.key.weight"] = {32, 8};
+  }
+  ASSERT_TRUE(is_rwkv4(right));
+  const ModelConfig config = rwkv4_config_of(right);
+  EXPECT_EQ(config.n_layer, 2);
+  EXPECT_EQ(config.dim_att, 16);
+  EXPECT_EQ(config.dim_ffn, 32);
+
+  struct Mistake {
+    const char* name;
+    std::vector<int64_t> shape;
+    const char* text;
+  };
+  for (const auto& [name, shape, text] : {
+           Mistake{"emb.weight", {8}, "emb.weight has 1 axes, expected 2"},
+           Mistake{"emb.weight", {int64_t{1} << 62, 0}, "expected [vocab_size, n_embd], both 1"},
+           Mistake{"blocks.0.ffn.key.weight",
+                   {20'000'000, 0},
+                   "blocks.0.ffn.key.weight is [20000000, 0], expected [20000000, 8] beside"},
+           Mistake{"blocks.0.att.key.weight", {int64_t{1} << 60, 0}, "blocks.0.att.key.weight is"},
+           Mistake{"blocks.0.att.key.weight", {16}, "blocks.0.att.key.weight has 1 axes"},
+           Mistake{"blocks.1.ffn.key.weight", {32, 0}, "blocks.1.ffn.key.weight is [32, 0]"},
+           Mistake{"blocks.1.ln1.weight", {1}, "blocks.1.ln1.weight is [1], expected [8]"},
+           Mistake{"blocks.2.ln1.weight", {8}, "blocks.2.att.key.weight is missing"},
+       }) {
+    TensorShapes shapes = right;
+    shapes[name] = shape;
+    EXPECT_THAT(THROWN_TEXT(std::runtime_error, rwkv4_config_of(shapes)), HasSubstr(text)) << name;
+  }
 }
 
 }  // namespace

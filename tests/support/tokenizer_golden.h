@@ -37,6 +37,7 @@ inline std::string awkward_text(std::mt19937_64& random, size_t parts) {
                                                   "\n",
                                                   "\n\n",
                                                   "\r\n",
+                                                  "\r",
                                                   "\t",
                                                   "'s",
                                                   "'ll",

@@ -1,10 +1,13 @@
 #include <algorithm>
 #include <filesystem>
 #include <iostream>
+#include <map>
 #include <stdexcept>
+#include <system_error>
 #include <vector>
 
 #include "model/formats/format_registry.h"
+#include "model/formats/pth.h"
 #include "train/commands/commands.h"
 #include "train/run_folder.h"
 
@@ -34,13 +37,19 @@ WeightDtype parse_target(const std::string& name) {
 // What was written must read back the same.
 void compare(const std::string& path, std::span<const TensorToWrite> expected) {
   const WeightFile written = read_weights(path);
+  verify_checksums(written);
   if (written.tensors.size() != expected.size()) {
     throw std::runtime_error(path + ": holds " + std::to_string(written.tensors.size()) +
                              " tensors after writing " + std::to_string(expected.size()));
   }
+  std::map<std::string_view, const StoredTensor*> by_name;
+  for (const StoredTensor& tensor : written.tensors) {
+    by_name[tensor.name] = &tensor;
+  }
   std::vector<std::byte> bytes;
   for (const TensorToWrite& tensor : expected) {
-    const StoredTensor* stored = written.find(tensor.name);
+    const auto found = by_name.find(tensor.name);
+    const StoredTensor* stored = found == by_name.end() ? nullptr : found->second;
     bytes.clear();
     if (stored != nullptr) {
       stored->copy_to(bytes);
@@ -80,6 +89,11 @@ int convert_command(int argc, char** argv) {
     throw std::invalid_argument(to + ": is the file to read; give another name to write");
   }
 
+  if (file.tensors.empty()) {
+    throw std::runtime_error(file.path + ": holds no tensors, expected the weights of a model");
+  }
+  verify_checksums(file);
+
   std::vector<std::vector<std::byte>> contents(file.tensors.size());
   std::vector<TensorToWrite> tensors;
   for (size_t i = 0; i < file.tensors.size(); ++i) {
@@ -94,7 +108,14 @@ int convert_command(int argc, char** argv) {
         {.name = tensor.name, .dtype = dtype, .shape = tensor.shape, .data = contents[i]});
   }
   write_weights(to, tensors, file.metadata);
-  compare(to, tensors);
+  try {
+    compare(to, tensors);
+  } catch (...) {
+    // What cannot be trusted must not lie there as if it could.
+    std::error_code ignored;
+    std::filesystem::remove(to, ignored);
+    throw;
+  }
   std::cout << to << ": " << tensors.size() << " tensors, " << std::filesystem::file_size(to)
             << " bytes\n";
   return 0;

@@ -290,26 +290,72 @@ TEST(ReadPth, RefusesTensorsThatReachOutsideTheirStorage) {
 }
 
 TEST(ReadPth, RefusesNegativeAndOverflowingNumbers) {
-  const auto negative = HasSubstr("is not a number of at least 0");
-  EXPECT_THAT(tensor_refusal({.offset = -1}), negative);
-  EXPECT_THAT(tensor_refusal({.sizes = {-2, -3}}), negative);
-  EXPECT_THAT(tensor_refusal({.strides = {-3, 1}}), negative);
-  EXPECT_THAT(tensor_refusal({.numel = -6}), negative);
+  const auto negative = HasSubstr(", expected a whole number of at least 0; the file is damaged");
+  EXPECT_THAT(tensor_refusal({.offset = -1}),
+              AllOf(HasSubstr("the tensor \"w\" has the offset -1"), negative));
+  EXPECT_THAT(tensor_refusal({.sizes = {-2, -3}}), AllOf(HasSubstr("has the size -2"), negative));
+  EXPECT_THAT(tensor_refusal({.strides = {-3, 1}}), AllOf(HasSubstr("the stride -3"), negative));
+  EXPECT_THAT(tensor_refusal({.numel = -6}), AllOf(HasSubstr("has the numel -6"), negative));
   EXPECT_THAT(tensor_refusal({.sizes = {int64_t{1} << 31, int64_t{1} << 31}, .strides = {0, 0}}),
               HasSubstr("too large"));
   EXPECT_THAT(tensor_refusal({.strides = {3}}), HasSubstr("as many strides as sizes"));
-  EXPECT_THAT(tensor_refusal({.sizes = std::vector<int64_t>(9, 1)}), HasSubstr("9 dimensions"));
+  EXPECT_THAT(tensor_refusal({.sizes = std::vector<int64_t>(9, 1)}),
+              HasSubstr("the tensor \"w\" has 9 dimensions"));
 }
 
 TEST(ReadPth, RefusesASmallFileThatClaimsGigabytes) {
   EXPECT_THAT(tensor_refusal({.sizes = {1 << 20, 3}, .strides = {0, 1}}),
-              HasSubstr("claim more than 256 times that"));
+              HasSubstr("its tensors up to \"w\" have 12,582,912 bytes, expected at most"));
   // A modest repetition is what PyTorch saves of tensor.expand().
   const test::TempFolder folder;
   const WeightFile file = read_pth(write_pickled(folder, [](PickleWriter& writer) {
     put_tensors(writer, {{.sizes = {2, 3}, .strides = {0, 1}}});
   }));
   EXPECT_THAT(values_of<float>(file, "w"), ElementsAre(1, 2, 3, 1, 2, 3));
+}
+
+TEST(ReadPth, LetsTensorsBeFourTimesALargeFileAnd128MiBOfASmallOne) {
+  const test::TempFolder folder;
+  // A storage of so many floats, and a tensor that repeats it so often.
+  const auto read = [&](int64_t numel, int64_t times) {
+    PickleWriter writer;
+    put_tensors(writer, {{.numel = numel, .sizes = {times, numel}, .strides = {0, 1}}});
+    std::filesystem::remove(folder.path("x.pth"));
+    return read_pth(write_zip(folder,
+                              {{"data.pkl", writer.finish()},
+                               {"data/0", std::string(4 * static_cast<size_t>(numel), 1)}}));
+  };
+  constexpr int64_t kMiB = int64_t{1} << 18;  // of floats
+  EXPECT_EQ(read(kMiB, 128).tensors[0].num_elements(), 128 * kMiB);
+  EXPECT_THAT(THROWN_TEXT(std::runtime_error, read(kMiB, 129)),
+              HasSubstr("have 135,266,304 bytes, expected at most 134,217,728 in a file of 1,04"));
+  EXPECT_EQ(read(40 * kMiB, 4).tensors[0].num_elements(), 160 * kMiB);
+  EXPECT_THAT(THROWN_TEXT(std::runtime_error, read(40 * kMiB, 5)), HasSubstr("have 209,715,200"));
+}
+
+TEST(ReadPth, RefusesMoreTensorsThanAModelHas) {
+  // One tensor under many names: a dict, then the tensor from the memo under each.
+  const auto with_names = [](int count) {
+    PickleWriter writer;
+    put_tensor(writer, {});
+    std::string pickle = writer.finish();
+    pickle.back() = 'q';
+    pickle += std::string(1, 0) + "0}(";
+    for (int i = 0; i < count; ++i) {
+      const std::string name = std::to_string(i);
+      pickle +=
+          "\x8c" + std::string(1, static_cast<char>(name.size())) + name + "h" + std::string(1, 0);
+    }
+    return pickle + "u.";
+  };
+  const test::TempFolder folder;
+  const auto read = [&](int count) {
+    std::filesystem::remove(folder.path("x.pth"));
+    return read_pth(write_zip(folder, {{"data.pkl", with_names(count)}, {"data/0", kSixFloats}}));
+  };
+  EXPECT_EQ(read(1000).tensors.size(), 1000u);
+  EXPECT_THAT(THROWN_TEXT(std::runtime_error, read((1 << 16) + 1)),
+              HasSubstr("more than 65536 tensors"));
 }
 
 TEST(ReadPth, RefusesStoragesThatDoNotFit) {
@@ -320,8 +366,10 @@ TEST(ReadPth, RefusesStoragesThatDoNotFit) {
   EXPECT_THAT(tensor_refusal({.storage_class = "QInt8Storage"}),
               HasSubstr("x.pth: data.pkl wants torch.QInt8Storage"));
   EXPECT_THAT(tensor_refusal({.storage_class = "float32"}),
-              HasSubstr("of class \"torch.float32\""));
-  EXPECT_THAT(tensor_refusal({.key = std::string(65, '0')}), HasSubstr("a storage is not"));
+              HasSubstr("the storage of the tensor \"w\" is of class \"torch.float32\""));
+  EXPECT_THAT(
+      tensor_refusal({.key = std::string(65, '0')}),
+      HasSubstr("the storage of the tensor \"w\" is a tuple of 5, expected (\"storage\", "));
 }
 
 TEST(ReadPth, RefusesNamesThatOccurTwiceOrAreNoText) {
@@ -337,7 +385,7 @@ TEST(ReadPth, RefusesNamesThatOccurTwiceOrAreNoText) {
                 put_tensor(writer, {});
                 writer.set_item();
               }),
-              HasSubstr("filed under something other than text"));
+              HasSubstr("a tensor is filed under 3, expected its name"));
 }
 
 TEST(ReadPth, TakesOffPrefixesCommonToAllNames) {
@@ -530,6 +578,24 @@ TEST(ReadPth, ReadsViewsOfLegacyStorages) {
       THROWN_TEXT(std::runtime_error,
                   read(legacy_file("X\x01\x00\x00\x00vK\x02K\x03\x87"s, "K\x04\x85K\x01\x85"))),
       HasSubstr("reaches outside its storage of 3 elements"));
+}
+
+TEST(ReadPth, VerifiesTheChecksumsOfTensorsWhenAsked) {
+  const test::TempFolder folder;
+  const std::string path =
+      write_pickled(folder, [](PickleWriter& writer) { put_tensors(writer, {TensorSpec{}}); });
+  verify_checksums(read_pth(path));
+  std::string content = test::read_file(path);
+  content[content.find(kSixFloats) + 3] = 'x';
+  std::filesystem::remove(path);
+  test::write_file(path, content);
+  const WeightFile file = read_pth(path);
+  EXPECT_THAT(THROWN_TEXT(std::runtime_error, verify_checksums(file)),
+              HasSubstr("x.pth: \"a/data/0\" has the checksum"));
+  // The legacy container has none.
+  std::filesystem::remove(path);
+  test::write_file(path, legacy_file("N", "K\x06\x85K\x01\x85"));
+  verify_checksums(read_pth(path));
 }
 
 TEST(ReadPth, RefusesLegacyFilesOfAnotherKind) {

@@ -165,6 +165,34 @@ TEST(ZipArchive, RefusesCompressedAndEncryptedEntries) {
               AllOf(HasSubstr("a.zip: \"a/x\" is compressed (method 8)"), HasSubstr("torch.save")));
   EXPECT_THAT(data_refusal(changed(zip, directory + 8, uint16_t{1}), "a/x"),
               HasSubstr("is encrypted"));
+  // The first local header says it, the directory does not.
+  EXPECT_THAT(data_refusal(changed(zip, 8, uint16_t{8}), "a/x"), HasSubstr("is compressed"));
+  EXPECT_THAT(data_refusal(changed(zip, 6, uint16_t{1}), "a/x"), HasSubstr("is encrypted"));
+}
+
+TEST(ZipArchive, RefusesDataOfAnotherName) {
+  const std::string zip = small_zip();
+  // The directory's record of "a/x" points to where "a/y" is.
+  const auto y_header = static_cast<uint32_t>(zip.find("a/y") - 30);
+  const ptrdiff_t directory = directory_of(zip);
+  EXPECT_THAT(data_refusal(changed(zip, directory + 42, y_header), "a/x"),
+              HasSubstr("\"a/x\" is said to be at offset " + std::to_string(y_header) +
+                        ", where \"a/y\" is"));
+  // A name of no byte in the local header: what the header is followed by would be data.
+  EXPECT_THAT(data_refusal(changed(zip, 26, uint16_t{0}), "a/x"), HasSubstr("where \"\" is"));
+}
+
+TEST(ZipArchive, VerifiesChecksumsThatAreThere) {
+  const auto verify = [](const std::string& zip) {
+    const ZipArchive archive(as_bytes_of(zip), "a.zip");
+    archive.verify(*archive.find("a/x"));
+  };
+  std::string zip = small_zip();
+  verify(zip);
+  zip[zip.find("hello")] = 'j';
+  EXPECT_THAT(THROWN_TEXT(std::runtime_error, verify(zip)),
+              HasSubstr("a.zip: \"a/x\" has the checksum 1288762854, expected 907060870"));
+  verify(changed(zip, directory_of(zip) + 16, uint32_t{0}));
 }
 
 TEST(ZipArchive, RefusesANameThatOccursTwice) {
