@@ -18,6 +18,7 @@
 #include "data/tokenizer_registry.h"
 #include "data/utf8.h"
 #include "model/formats/format_registry.h"
+#include "model/formats/pth.h"
 #include "model/formats/tensor_statistics.h"
 #include "model/version_shapes.h"
 #include "train/config_file.h"
@@ -96,19 +97,19 @@ Json describe_model(const ModelConfig& config) {
 
 // The metadata of a file, the run's configuration in it key by key.
 Json describe_metadata(const WeightFile& file) {
-  Json metadata = Json::object();
+  // Not by name: each look for one would go through all before it.
+  Json::object_t metadata;
   for (const auto& [key, value] : file.metadata) {
     if (key != kRunConfigKey) {
-      metadata[replace_malformed_utf8(key)] = replace_malformed_utf8(value);
+      metadata.emplace_back(replace_malformed_utf8(key), replace_malformed_utf8(value));
       continue;
     }
     try {
-      // Not by name: each look for one would go through all before it.
       Json::object_t settings;
       for (const auto& [name, setting] : list_values(value, key)) {
         settings.emplace_back(name, setting);
       }
-      metadata[key] = std::move(settings);
+      metadata.emplace_back(key, std::move(settings));
     } catch (const std::invalid_argument& error) {
       throw std::runtime_error(file.path + ": " + error.what());
     }
@@ -118,6 +119,8 @@ Json describe_metadata(const WeightFile& file) {
 
 Json inspect_weights(const std::string& path) {
   const WeightFile file = read_weights(path);
+  // Statistics read every byte anyway.
+  verify_checksums(file);
   const auto model = describe_shapes(shapes_of(file));
   Json result = {{"kind",
                   model                      ? "model"
