@@ -41,10 +41,13 @@ class DocumentScorer {
                           .num_tokens = std::ssize(ids) - 1,
                           .opening = std::move(document.opening),
                           .text_bytes = text_bytes});
-    for (int64_t begin = 0; begin + 1 < std::ssize(ids); begin += options_.ctx_len) {
-      const int64_t end = std::min(begin + options_.ctx_len + 1, std::ssize(ids));
-      windows_.emplace_back(ids.begin() + begin, ids.begin() + end);
+    const int64_t predictions = std::ssize(ids) - 1;
+    for (int64_t begin = 0; begin < predictions;) {
+      // In this order: a ctx_len may be the greatest number there is.
+      const int64_t len = std::min(options_.ctx_len, predictions - begin);
+      windows_.emplace_back(ids.begin() + begin, ids.begin() + begin + len + 1);
       owners_.push_back(documents_.size() - 1);
+      begin += len;
       if (std::ssize(windows_) == kWaitingBatches * options_.batch_size) {
         flush();
       }
