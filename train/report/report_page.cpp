@@ -29,7 +29,8 @@ std::string number(double value, int decimals) {
 }
 
 std::string count(double value) {
-  return std::isfinite(value) && value >= 0 ? grouped(static_cast<uint64_t>(value)) : kUnknown;
+  // Below 2^63, so that it is a whole number's.
+  return value >= 0 && value < 9e18 ? grouped(static_cast<uint64_t>(value)) : kUnknown;
 }
 
 std::string bytes_text(double bytes) {
@@ -46,9 +47,12 @@ std::string duration(double seconds) {
 }
 
 std::string time_text(double time_s) {
+  if (!(time_s > 0 && time_s < 1e11)) {
+    return kUnknown;
+  }
   const auto time = static_cast<std::time_t>(time_s);
   std::tm parts{};
-  if (!(time_s > 0) || time_s > 1e11 || gmtime_r(&time, &parts) == nullptr) {
+  if (gmtime_r(&time, &parts) == nullptr) {
     return kUnknown;
   }
   return fmt::format("{}-{:02}-{:02} {:02}:{:02} UTC",
