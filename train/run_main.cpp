@@ -21,7 +21,7 @@ namespace rwkv {
 namespace {
 
 constexpr const char* kMemoryHint =
-    "out of memory; a smaller train.micro_batch_size or model.ctx_len needs less";
+    "out of memory; in training a smaller train.micro_batch_size or model.ctx_len needs less";
 
 // Texts quote from files, and some libraries quote raw bytes: a terminal must not get to see what
 // it would obey.

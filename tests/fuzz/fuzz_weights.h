@@ -1,6 +1,7 @@
 // What the targets of weight files share.
 #pragma once
 
+#include <cmath>
 #include <cstddef>
 #include <cstdlib>
 #include <vector>
@@ -19,8 +20,10 @@ inline void use_tensors(const WeightFile& file) {
   for (const StoredTensor& tensor : file.tensors) {
     if (tensor.num_elements() * size_of(tensor.dtype) <= kMostBytes && bytes.size() < 1 << 20) {
       tensor.copy_to(bytes);
-      const TensorStatistics statistics = statistics_of(tensor);
-      if (statistics.num_elements != tensor.num_elements() || !(statistics.min <= statistics.max)) {
+      const TensorStatistics found = statistics_of(tensor);
+      const bool has_finite = found.num_nan + found.num_infinite < found.num_elements;
+      if (found.num_elements != tensor.num_elements() ||
+          (has_finite ? !(found.min <= found.max) : !std::isnan(found.min))) {
         std::abort();
       }
     }
