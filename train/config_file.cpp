@@ -239,16 +239,26 @@ struct TextError {
 // Finds what toml++ 3.3 must not be given, because its search for white space runs into undefined
 // behaviour on some characters above U+007F: such a character outside of quotes and comments, which
 // TOML has no use for (a quotation mark of a word processor is the usual one), or a string in
-// triple quotes, in which that search runs too; and a key of so many parts that the tables it nests
-// would take the whole stack. Stops where toml++ will stop with an error of its own.
+// triple quotes, in which that search runs too; a quote, bracket or "=" inside of a value, which it
+// would take for a part of a number that goes on up to the next white space; and a key of so many
+// parts that the tables it nests would take the whole stack. Stops where toml++ will stop with an
+// error of its own.
 std::optional<TextError> find_unreadable(std::string_view text) {
   if (text.starts_with("\xef\xbb\xbf")) {
     text.remove_prefix(3);  // a byte order mark
   }
   constexpr int kMaxDots = 16;
   int64_t line = 1;
-  char inside = 0;  // the quote of a string, '#' of a comment, or 0
-  int dots = 0;     // of the key, or number, that goes on here
+  char inside = 0;        // the quote of a string, '#' of a comment, or 0
+  int dots = 0;           // of the key, or number, that goes on here
+  std::string open;       // brackets of values
+  bool in_value = false;  // not in a key
+  // Whether what is at `i` begins a key or a value, and does not stand inside of one.
+  const auto begins = [&](size_t i, std::string_view separators) {
+    return i == 0 || separators.find(text[i - 1]) != text.npos;
+  };
+  constexpr std::string_view kBeforeKey = " \t\n,.[{";
+  constexpr std::string_view kBeforeValue = " \t\n,=[";
   for (size_t i = 0; i < text.size(); ++i) {
     const char c = text[i];
     if (c == '\n') {
@@ -258,6 +268,7 @@ std::optional<TextError> find_unreadable(std::string_view text) {
       ++line;
       inside = 0;
       dots = 0;
+      in_value = !open.empty();
     } else if (inside != 0) {
       if (inside == '"' && c == '\\' && i + 1 < text.size() && text[i + 1] != '\n') {
         ++i;
@@ -268,7 +279,7 @@ std::optional<TextError> find_unreadable(std::string_view text) {
       if (text.substr(i, 3) == std::string(3, c)) {
         return TextError{line, "a string in triple quotes; write it in single ones, on one line"};
       }
-      if (i > 0 && std::string_view(" \t\n=,.[{").find(text[i - 1]) == text.npos) {
+      if (!begins(i, in_value ? kBeforeValue : kBeforeKey)) {
         return TextError{line, std::string(1, c) + " stands inside of a word"};
       }
       inside = c;
@@ -278,6 +289,19 @@ std::optional<TextError> find_unreadable(std::string_view text) {
                            " parts; keys here have two, as in train.seed"};
     } else if (std::string_view("=,[]{}").find(c) != text.npos) {
       dots = 0;
+      if (in_value && (c == '=' || ((c == '[' || c == '{') && !begins(i, kBeforeValue)))) {
+        return TextError{line, std::string(1, c) + " stands inside of a value"};
+      }
+      if (in_value && (c == '[' || c == '{')) {
+        open += c;
+      } else if (!open.empty() && c == (open.back() == '[' ? ']' : '}')) {
+        open.pop_back();
+      }
+      // A key comes at the start of a line and, in a table, after its brace and its commas.
+      in_value = c == '=' || c == ']' || c == '}' || !open.empty();
+      if (!open.empty() && open.back() == '{' && (c == '{' || c == ',')) {
+        in_value = false;
+      }
     } else if (c == '#') {
       inside = c;
     } else if (static_cast<unsigned char>(c) > 0x7f) {

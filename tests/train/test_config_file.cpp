@@ -202,6 +202,20 @@ TEST(ConfigReader, RefusesForeignCharactersOutsideOfQuotes) {
   EXPECT_THAT(read_error("[run]\nname = \"\"\"\n \\\u00fc\"\"\"\n"), HasSubstr("triple quotes"));
   EXPECT_THAT(read_error("[run]\nname = '''a'''\n"), HasSubstr("a.toml:2: a string in triple"));
   EXPECT_EQ(read_error("[run]\nseed = 4\"\u0183\"\n"), "a.toml:2: \" stands inside of a word");
+  // A number would go on up to the character behind each of these.
+  for (const char* value : {"0['\ufefb'",
+                            "0[\"\ufefb\"",
+                            "0{'\ufefb'",
+                            "0.'\ufefb'",
+                            "0='\ufefb'",
+                            "='\ufefb'",
+                            "[1, ='\ufefb']",
+                            "[1, 0['\ufefb']",
+                            "{ a = 1, b = 0.'\ufefb' }"}) {
+    EXPECT_THAT(read_error("[run]\nseed = " + std::string(value) + "\n"),
+                testing::ContainsRegex("a.toml:2: . stands inside of a (word|value)"))
+        << value;
+  }
 }
 
 TEST(ConfigReader, TakesForeignCharactersInQuotesAndComments) {
