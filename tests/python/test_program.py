@@ -381,9 +381,15 @@ class Bench(support.Folder):
         batch = ("--batch", 8, "--ctx-len", 48)
         for arguments in (("ops", *self.SMALL, *batch), ("step", *self.SMALL, *batch),
                           ("decode", *self.SMALL, "--prompt-len", 64)):
-            for row in self.rows(*arguments):
-                with self.subTest(row["what"]):
-                    self.assertLess(row["floor_ms"], 1.05 * row["min_ms"], row)
+            # A floor that is wrong is so every time; a machine that changes its pace is not.
+            below = None
+            for _ in range(4):
+                rows = {row["what"] for row in self.rows(*arguments)
+                        if row["floor_ms"] >= 1.05 * row["min_ms"]}
+                below = rows if below is None else below & rows
+                if not below:
+                    break
+            self.assertEqual(below, set(), "in each of four runs")
 
     def test_takes_a_thread_a_core_whatever_the_environment_says(self):
         # Where tests run, OMP_NUM_THREADS is 1.
