@@ -93,12 +93,12 @@ double matrix_flops_per_token(RwkvModel model) {
 
 // A corpus may lie elsewhere when a run goes on, but must be the one it began with.
 void check_same_corpus(const BinidxFile& corpus,
-                       const TrainerState& saved,
+                       const std::string& saved_fingerprint,
                        const std::string& checkpoint) {
-  if (!saved.corpus.empty() && saved.corpus != corpus.fingerprint()) {
+  if (!saved_fingerprint.empty() && saved_fingerprint != corpus.fingerprint()) {
     throw std::invalid_argument(
         "data.train = \"" + corpus.prefix() + "\": holds " + corpus.fingerprint() + ", but " +
-        checkpoint + " was trained on " + saved.corpus +
+        checkpoint + " was trained on " + saved_fingerprint +
         "; name the corpus that the run began with, or begin a new run with init.from = that "
         "checkpoint");
   }
@@ -160,23 +160,23 @@ void Trainer::start(std::optional<int64_t> before_step) {
                              {.checkpoint = *checkpoint,
                               .tokens_seen = saved.state.tokens,
                               .samples_per_epoch = order_.samples_per_epoch()});
-    check_same_corpus(train_corpus_, saved.state, *checkpoint);
     state_ = saved.state;
     saved_step_ = state_.step;
   } else {
     set_initial_weights(model_, config_);
   }
   started_step_ = state_.step;
-  state_.corpus = train_corpus_.fingerprint();
   freeze_parameters(model_, config_.optimizer.freeze);
   optimizer_ =
       std::make_unique<Optimizer>(model_, config_.optimizer, scalar_type(config_.train.dtype));
   if (checkpoint) {
     load_optimizer(*checkpoint, state_, *optimizer_);
+    check_same_corpus(train_corpus_, state_.corpus, *checkpoint);
     spdlog::info("going on from {}", *checkpoint);
   } else if (before_step) {
     spdlog::info("no checkpoint before step {}: doing all steps before it again", *before_step);
   }
+  state_.corpus = train_corpus_.fingerprint();
   loader_ = std::make_unique<BatchLoader>(train_corpus_,
                                           order_,
                                           BatchPlan{.rows = config_.micro_batch_sequences(),

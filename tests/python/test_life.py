@@ -231,6 +231,17 @@ class Keeps(Life):
         process.communicate(timeout=DEADLINE_S)
         self.assertEqual(len(support.checkpoints(longer)), 2, "the stray one and the one just saved")
 
+    def test_a_checkpoint_that_lost_a_file_is_named_with_what_to_do(self):
+        run = self.configure(total_steps=6, save_every_steps=3)
+        self.assertEqual(self.train().returncode, 0)
+        for name in ("model.safetensors", "optimizer.safetensors", "trainer.json", "config.toml"):
+            path = run / "checkpoints/step_00000006" / name
+            path.rename(self.folder / name)
+            message = support.error_message(self.train().stderr)
+            self.assertIn(f"step_00000006/{name}: cannot be opened", message)
+            self.assertIn("delete the checkpoint to go on from the one before", message)
+            (self.folder / name).rename(path)
+
     def test_a_renamed_checkpoint_is_named(self):
         run = self.configure(total_steps=6, save_every_steps=3)
         self.assertEqual(self.train().returncode, 0)
