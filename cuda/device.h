@@ -2,6 +2,7 @@
 // The one place that includes c10/cuda.
 #pragma once
 
+#include <optional>
 #include <string>
 
 #include <ATen/core/Tensor.h>
@@ -33,6 +34,10 @@ inline cudaStream_t current_stream() {
 template <typename Element>
 const Element* pointer(const at::Tensor& tensor) {
   return tensor.defined() ? static_cast<const Element*>(tensor.const_data_ptr()) : nullptr;
+}
+template <typename Element>
+const Element* pointer(const std::optional<at::Tensor>& tensor) {
+  return tensor ? pointer<Element>(*tensor) : nullptr;
 }
 template <typename Element>
 Element* mutable_pointer(const at::Tensor& tensor) {

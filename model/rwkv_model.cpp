@@ -118,6 +118,10 @@ at::ScalarType RwkvModelImpl::dtype() const {
   return emb_->weight.scalar_type();
 }
 
+at::Device RwkvModelImpl::device() const {
+  return emb_->weight.device();
+}
+
 int64_t RwkvModelImpl::num_parameters() const {
   int64_t count = 0;
   for (const at::Tensor& parameter : parameters()) {

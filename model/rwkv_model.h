@@ -64,6 +64,7 @@ class RwkvModelImpl : public torch::nn::Module {
   // bf16 model.
   void set_dtype(at::ScalarType dtype);
   at::ScalarType dtype() const;
+  at::Device device() const;
 
   const ModelConfig& config() const { return config_; }
   const ModelVersion& version() const { return *version_; }

@@ -4,7 +4,8 @@
 # what is still missing, and takes a moment when nothing is.
 #
 #   scripts/setup.sh            to build and run the program
-#   scripts/setup.sh --tests    also what its tests and golden files need
+#   scripts/setup.sh --cuda     also to train on an NVIDIA GPU: nvcc and the libraries of CUDA 13
+#   scripts/setup.sh --tests    also what its tests and golden files need; --cuda is part of it
 #
 # Everything outside Debian's packages goes to .deps below the repository; delete it to start over.
 set -euo pipefail
@@ -121,10 +122,13 @@ $vocab_sha256; has the wheel changed?"
 
 packages=("${build_packages[@]}" "${corpus_packages[@]}")
 with_tests=no
+with_cuda=no
 case "${1-}" in
   "") ;;
+  --cuda) with_cuda=yes ;;
   --tests)
     with_tests=yes
+    with_cuda=yes
     packages+=("${test_packages[@]}")
     ;;
   *)
@@ -138,9 +142,12 @@ install_debian_packages "${packages[@]}"
 mkdir -p .deps
 make_venv
 install_requirements scripts/requirements-build.txt "LibTorch (1.3 GB on disk)"
+if [[ $with_cuda == yes ]]; then
+  install_requirements scripts/requirements-cuda.txt "nvcc and the libraries of CUDA (3 GB on disk)"
+fi
 if [[ $with_tests == yes ]]; then
   install_requirements scripts/requirements-tests.txt \
-    "the Python packages of the tests (3 GB on disk)"
+    "the Python packages of the tests"
 fi
 install_vocab
 say "all there (${SECONDS} s)"

@@ -44,35 +44,6 @@ std::string first_line(const std::string& path) {
 
 // ---- Looking ------------------------------------------------------------------------------------
 
-GpuFacts find_gpu() {
-  GpuFacts gpu{.kernel_driver = first_line("/proc/driver/nvidia/version"), .devices = {}};
-  void* library = dlopen("libcuda.so.1", RTLD_NOW | RTLD_LOCAL);
-  gpu.has_library = library != nullptr;
-  if (!gpu.has_library) {
-    return gpu;
-  }
-  // CUDA's driver interface; 0 is success everywhere.
-  const auto function = [&](const char* name) { return dlsym(library, name); };
-  const auto init = reinterpret_cast<int (*)(unsigned)>(function("cuInit"));
-  const auto version = reinterpret_cast<int (*)(int*)>(function("cuDriverGetVersion"));
-  const auto count = reinterpret_cast<int (*)(int*)>(function("cuDeviceGetCount"));
-  const auto name = reinterpret_cast<int (*)(char*, int, int)>(function("cuDeviceGetName"));
-  if (version != nullptr) {
-    version(&gpu.cuda_version);
-  }
-  int num_devices = 0;
-  if (init == nullptr || count == nullptr || name == nullptr || init(0) != 0 ||
-      count(&num_devices) != 0) {
-    return gpu;
-  }
-  for (int i = 0; i < num_devices; ++i) {
-    std::array<char, 128> text{};
-    gpu.devices.emplace_back(
-        name(text.data(), static_cast<int>(text.size()) - 1, i) == 0 ? text.data() : "unknown");
-  }
-  return gpu;
-}
-
 bool write_all(int fd, const std::string& bytes) {
   size_t done = 0;
   while (done < bytes.size()) {
@@ -227,17 +198,32 @@ Check examine_libtorch(const LibTorchFacts& libtorch) {
   return {.name = "libtorch", .found = libtorch.version + ", " + libtorch.path, .advice = ""};
 }
 
+std::vector<std::string> gpu_names(const GpuFacts& gpu) {
+  std::vector<std::string> names;
+  for (const GpuDevice& device : gpu.devices) {
+    names.push_back(device.name);
+  }
+  return names;
+}
+
 Check examine_gpu(const GpuFacts& gpu) {
   Check check{.name = "gpu", .found = "none; training runs on the CPU", .advice = ""};
   if (!gpu.devices.empty()) {
     check.found = "";
-    for (const std::string& device : gpu.devices) {
-      check.found += (check.found.empty() ? "" : ", ") + device;
+    for (const GpuDevice& device : gpu.devices) {
+      check.found += fmt::format("{}{} (compute capability {}.{}, {})",
+                                 check.found.empty() ? "" : ", ",
+                                 device.name,
+                                 device.capability_major,
+                                 device.capability_minor,
+                                 gib(device.memory_bytes));
     }
     check.found += fmt::format(
         "; driver for CUDA {}.{}", gpu.cuda_version / 1000, gpu.cuda_version % 1000 / 10);
-    check.verdict = Verdict::kWarning;
-    check.advice = "this release trains on the CPU alone; the GPU stays idle";
+    if (const std::string reason = why_not_usable(gpu, 0); !reason.empty()) {
+      check.verdict = Verdict::kWarning;
+      check.advice = reason;
+    }
   } else if (!gpu.kernel_driver.empty() || gpu.has_library) {
     check.found = "a driver (" +
                   (gpu.kernel_driver.empty() ? std::string("libcuda.so.1") : gpu.kernel_driver) +
@@ -329,7 +315,7 @@ HealthFacts find_facts(const std::string& folder) {
   return {.machine = describe_machine(),
           .available_memory_bytes = available_memory_bytes(),
           .libtorch = {},
-          .gpu = find_gpu(),
+          .gpu = find_gpus(),
           .disk = find_disk(folder),
           .vocabulary = find_vocabulary(),
           .huge_pages = chosen_huge_pages(),
@@ -387,7 +373,7 @@ std::string checks_as_json(const HealthFacts& facts, const std::vector<Check>& c
                                  {"memory_bytes", facts.machine.memory_bytes},
                                  {"available_memory_bytes", nullptr},
                                  {"libtorch", facts.libtorch.version},
-                                 {"gpus", facts.gpu.devices},
+                                 {"gpus", gpu_names(facts.gpu)},
                                  {"disk_free_bytes", nullptr},
                                  {"disk_write_bytes_per_s", nullptr},
                                  {"checks", nlohmann::ordered_json::array()}};

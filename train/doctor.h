@@ -8,6 +8,7 @@
 #include <string>
 #include <vector>
 
+#include "train/gpu.h"
 #include "train/machine.h"
 
 namespace rwkv {
@@ -17,13 +18,6 @@ struct LibTorchFacts {
   std::string version;  // "2.11.0"; empty if it could not be loaded
   std::string path;     // of libtorch_cpu.so
   std::string error;    // why it could not be loaded
-};
-
-struct GpuFacts {
-  std::string kernel_driver;         // first line of /proc/driver/nvidia/version; empty without one
-  bool has_library = false;          // whether libcuda.so.1 can be loaded
-  int cuda_version = 0;              // that the driver supports, as 12040 for 12.4
-  std::vector<std::string> devices;  // their names
 };
 
 struct DiskFacts {

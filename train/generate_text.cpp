@@ -36,18 +36,18 @@ void generate_text(RwkvModel model,
   const std::vector<int32_t> ids = encode_prompt(tokenizer, options.prompt);
   const auto end = tokenizer.end_of_document();
   at::Generator generator = at::make_generator<at::CPUGeneratorImpl>(options.seed);
-  const at::Tensor prompt_1T = at::tensor(ids, at::kInt).to(at::kLong).unsqueeze(0);
+  const at::Tensor prompt_1T = at::tensor(ids, at::kInt).to(model->device(), at::kLong).unsqueeze(0);
   auto output = model->forward_last(prompt_1T, model->initial_state(1));
   for (int64_t i = 0; i < options.length; ++i) {
     // A vocabulary padded beyond the tokenizer's has ids that stand for no text.
-    const at::Tensor logits_V = output.logits_BV[0].slice(0, 0, tokenizer.num_ids());
+    const at::Tensor logits_V = output.logits_BV[0].slice(0, 0, tokenizer.num_ids()).cpu();
     const int64_t token = sample_token(logits_V, options.sampling, generator);
     if (end && token == *end) {
       return;
     }
     const auto id = static_cast<int32_t>(token);
     add_text(tokenizer.decode(std::span(&id, 1)));
-    output = model->forward_last(at::full({1, 1}, token, at::kLong), output.state);
+    output = model->forward_last(at::full({1, 1}, token, prompt_1T.options()), output.state);
   }
 }
 

@@ -10,45 +10,62 @@
 namespace rwkv {
 namespace {
 
-// Well beyond the last-level cache.
-constexpr int64_t kStreamFloats = int64_t{1} << 26;
+// Well beyond the last-level cache; a GPU needs more to be busy for a while.
+int64_t stream_floats(const ops::DeviceRuntime* runtime) {
+  return runtime == nullptr ? int64_t{1} << 26 : int64_t{1} << 28;
+}
+
+at::TensorOptions options_of(const ops::DeviceRuntime* runtime) {
+  return at::TensorOptions(at::kFloat).device(runtime == nullptr ? at::kCPU : runtime->device());
+}
+
+double seconds_of(const std::function<void()>& work, ops::DeviceRuntime* runtime) {
+  if (runtime != nullptr) {
+    return runtime->milliseconds_of(work) / 1000;
+  }
+  const auto begin = std::chrono::steady_clock::now();
+  work();
+  const std::chrono::duration<double> took = std::chrono::steady_clock::now() - begin;
+  return took.count();
+}
 
 // The best of a few tries: what disturbs one makes it slower, never faster.
-double best_seconds(int tries, const std::function<void()>& work) {
+double best_seconds(int tries, ops::DeviceRuntime* runtime, const std::function<void()>& work) {
   const at::NoGradGuard no_grad;
   work();
   double best_s = std::numeric_limits<double>::infinity();
   for (int i = 0; i < tries; ++i) {
-    const auto begin = std::chrono::steady_clock::now();
-    work();
-    const std::chrono::duration<double> took = std::chrono::steady_clock::now() - begin;
-    best_s = std::min(best_s, took.count());
+    best_s = std::min(best_s, seconds_of(work, runtime));
   }
   return best_s;
 }
 
 }  // namespace
 
-double matmul_flops_per_s(at::ScalarType dtype) {
-  constexpr int64_t kSize = 1024;
-  const at::Tensor x = at::randn({kSize, kSize}).to(dtype);
-  const at::Tensor weight = at::randn({kSize, kSize}).to(dtype);
-  at::Tensor y = at::empty({kSize, kSize}, dtype);
-  return 2.0 * kSize * kSize * kSize / best_seconds(12, [&] { at::mm_out(y, x, weight.t()); });
+double matmul_flops_per_s(at::ScalarType dtype, ops::DeviceRuntime* runtime) {
+  const int64_t size = runtime == nullptr ? 1024 : 8192;
+  const at::TensorOptions options = options_of(runtime);
+  const at::Tensor x = at::randn({size, size}, options).to(dtype);
+  const at::Tensor weight = at::randn({size, size}, options).to(dtype);
+  at::Tensor y = at::empty({size, size}, options.dtype(dtype));
+  const double flops = 2.0 * static_cast<double>(size * size * size);
+  return flops / best_seconds(12, runtime, [&] { at::mm_out(y, x, weight.t()); });
 }
 
-double update_bytes_per_s() {
-  const at::Tensor numbers = at::zeros({kStreamFloats});
-  return 2.0 * sizeof(float) * kStreamFloats / best_seconds(7, [&] { numbers.add_(1); });
+double update_bytes_per_s(ops::DeviceRuntime* runtime) {
+  const at::Tensor numbers = at::zeros({stream_floats(runtime)}, options_of(runtime));
+  return 2.0 * static_cast<double>(numbers.nbytes()) /
+         best_seconds(7, runtime, [&] { numbers.add_(1); });
 }
 
-double read_bytes_per_s() {
-  return read_bytes_per_s(kStreamFloats * int64_t{sizeof(float)});
+double read_bytes_per_s(ops::DeviceRuntime* runtime) {
+  return read_bytes_per_s(stream_floats(runtime) * int64_t{sizeof(float)}, runtime);
 }
 
-double read_bytes_per_s(int64_t bytes) {
-  const at::Tensor from = at::ones({std::max<int64_t>(bytes / int64_t{sizeof(float)}, 1)});
-  return static_cast<double>(from.nbytes()) / best_seconds(7, [&] { from.sum(); });
+double read_bytes_per_s(int64_t bytes, ops::DeviceRuntime* runtime) {
+  const at::Tensor from =
+      at::ones({std::max<int64_t>(bytes / int64_t{sizeof(float)}, 1)}, options_of(runtime));
+  return static_cast<double>(from.nbytes()) / best_seconds(7, runtime, [&] { from.sum(); });
 }
 
 }  // namespace rwkv

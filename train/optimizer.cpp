@@ -1,6 +1,7 @@
 #include "train/optimizer.h"
 
 #include <algorithm>
+#include <cmath>
 #include <functional>
 #include <memory>
 #include <numeric>
@@ -10,32 +11,31 @@
 #include <torch/csrc/autograd/function_hook.h>
 #include <torch/csrc/autograd/variable.h>
 
-#include "model/ops/adamw.h"
-
 namespace rwkv {
 namespace {
 
 // Each parameter starts on its own cache line, as a tensor allocated alone would.
 constexpr int64_t kAlignment = 16;
 
-void fill_from(const WeightFile& file, const std::string& name, at::Tensor to) {
+// A tensor of a file, of the shape that it must have.
+at::Tensor read_tensor(const WeightFile& file, const std::string& name, at::IntArrayRef shape) {
   const StoredTensor* stored = file.find(name);
   if (stored == nullptr) {
     throw std::runtime_error(file.path + ": " + name +
                              " is missing; the checkpoint is not of this model");
   }
   const at::Tensor tensor = to_tensor(*stored);
-  if (tensor.sizes() != to.sizes()) {
+  if (tensor.sizes() != shape) {
     throw std::runtime_error(c10::str(file.path,
                                       ": ",
                                       name,
                                       " is ",
                                       tensor.sizes(),
                                       ", expected ",
-                                      to.sizes(),
+                                      shape,
                                       "; the checkpoint is not of this model"));
   }
-  to.copy_(tensor);
+  return tensor;
 }
 
 // Calls a function once backward has put a parameter's gradient in place.
@@ -48,66 +48,105 @@ class GradientHook final : public torch::autograd::PostAccumulateGradHook {
   std::function<void()> call_;
 };
 
+ops::AdamwSettings settings_of(const OptimizerConfig& config) {
+  return {.beta1 = config.beta1,
+          .beta2 = config.beta2,
+          .eps = config.eps,
+          .clip_norm = config.clip_norm};
+}
+
 }  // namespace
 
-Optimizer::Optimizer(RwkvModel model, const OptimizerConfig& config, at::ScalarType dtype)
+Optimizer::Optimizer(RwkvModel model,
+                     const OptimizerConfig& config,
+                     at::ScalarType dtype,
+                     const OptimizerMemory& memory)
     : config_(config) {
   const at::NoGradGuard no_grad;
   std::vector<ParameterTraits> traits;
+  std::vector<size_t> exact, rounded;
   for (const auto& item : model->named_parameters()) {
-    slots_.push_back({.name = item.key(),
-                      .parameter = item.value(),
-                      .offset = 0,
-                      .trained = item.value().requires_grad()});
     traits.push_back(model->traits(item.key(), item.value().sizes()));
     if (!config.layerwise_lr) {
       traits.back().lr_scale = 1;
     }
+    const bool is_exact = dtype == at::kFloat || traits.back().keep_fp32;
+    (is_exact ? exact : rounded).push_back(slots_.size());
+    slots_.push_back({.name = item.key(),
+                      .parameter = item.value(),
+                      .store = 0,
+                      .offset = 0,
+                      .trained = item.value().requires_grad()});
   }
-  std::vector<size_t> order(slots_.size());
-  std::iota(order.begin(), order.end(), size_t{0});
-  std::stable_sort(order.begin(), order.end(), [&](size_t x, size_t y) {
-    return std::pair(traits[x].lr_scale, traits[x].weight_decay) <
-           std::pair(traits[y].lr_scale, traits[y].weight_decay);
-  });
-  // Frozen parameters come last: the buffers of moments and gradient end before them.
-  std::stable_partition(order.begin(), order.end(), [&](size_t i) { return slots_[i].trained; });
-  int64_t size = 0;
-  int64_t trained_size = 0;
-  for (const size_t i : order) {
-    slots_[i].offset = size;
-    size += (slots_[i].parameter.numel() + kAlignment - 1) / kAlignment * kAlignment;
-    if (!slots_[i].trained) {
-      continue;
-    }
-    trained_size = size;
-    if (groups_.empty() || groups_.back().lr_scale != traits[i].lr_scale ||
-        groups_.back().weight_decay != traits[i].weight_decay) {
-      groups_.push_back(
-          {traits[i].lr_scale, traits[i].weight_decay, slots_[i].offset, slots_[i].offset});
-    }
-    groups_.back().end = size;
+  control_ = ops::make_adamw_control(slots_.front().parameter.options().requires_grad(false));
+  lay_out(0, at::kFloat, std::move(exact), traits, memory);
+  if (!rounded.empty()) {
+    lay_out(1, dtype, std::move(rounded), traits, memory);
   }
-  master_ = at::zeros({size}, at::kFloat);
-  if (dtype == at::kBFloat16) {
-    weights_ = at::zeros({size}, dtype);
-  }
-  // The model's own tensors go one by one, before the other buffers come.
-  for (size_t i = 0; i < slots_.size(); ++i) {
-    Slot& slot = slots_[i];
-    view_of(master_, slot).copy_(slot.parameter);
-    const bool exact = dtype == at::kFloat || traits[i].keep_fp32;
-    slot.parameter.set_data(view_of(exact ? master_ : weights_, slot));
+  for (Slot& slot : slots_) {
     if (slot.trained) {
       torch::autograd::impl::set_post_acc_grad_hooks(
           slot.parameter,
           std::make_unique<GradientHook>([this, place = &slot] { move_gradient(*place); }));
     }
   }
-  m_ = at::zeros({trained_size}, at::kFloat);
-  v_ = at::zeros_like(m_);
-  gradient_ = at::zeros_like(m_);
-  write_weights();
+}
+
+void Optimizer::lay_out(size_t store,
+                        at::ScalarType dtype,
+                        std::vector<size_t> slots,
+                        const std::vector<ParameterTraits>& traits,
+                        const OptimizerMemory& memory) {
+  std::stable_sort(slots.begin(), slots.end(), [&](size_t x, size_t y) {
+    return std::pair(traits[x].lr_scale, traits[x].weight_decay) <
+           std::pair(traits[y].lr_scale, traits[y].weight_decay);
+  });
+  // Frozen parameters come last: the buffers of moments and gradient end before them.
+  std::stable_partition(slots.begin(), slots.end(), [&](size_t i) { return slots_[i].trained; });
+  std::vector<ops::AdamwGroup> groups;
+  int64_t size = 0;
+  int64_t trained_size = 0;
+  for (const size_t i : slots) {
+    slots_[i].store = store;
+    slots_[i].offset = size;
+    const ops::AdamwGroup group{
+        .begin = size,
+        .end = size + (slots_[i].parameter.numel() + kAlignment - 1) / kAlignment * kAlignment,
+        .lr_scale = traits[i].lr_scale,
+        .weight_decay = traits[i].weight_decay ? config_.weight_decay : 0.0};
+    size = group.end;
+    if (!slots_[i].trained) {
+      continue;
+    }
+    trained_size = size;
+    if (!groups.empty() && groups.back().lr_scale == group.lr_scale &&
+        groups.back().weight_decay == group.weight_decay) {
+      groups.back().end = size;
+    } else {
+      groups.push_back(group);
+    }
+  }
+  const at::TensorOptions options = control_.options();
+  const auto zeros = [&](int64_t elements, at::ScalarType type) {
+    return at::zeros({elements}, options.dtype(type));
+  };
+  const bool is_half = dtype == at::kBFloat16;
+  ops::AdamwBuffers buffers;
+  (is_half && memory.split_masters ? buffers.low : buffers.master) =
+      zeros(size, is_half && memory.split_masters ? at::kShort : at::kFloat);
+  if (is_half) {
+    buffers.weights = zeros(size, dtype);
+  }
+  stores_.push_back({.buffers = buffers, .groups = std::move(groups)});
+  // The model's own tensors go one by one, before the other buffers come.
+  for (const size_t i : slots) {
+    set_master(slots_[i], slots_[i].parameter);
+    slots_[i].parameter.set_data(view_of(is_half ? buffers.weights : buffers.master, slots_[i]));
+  }
+  buffers.m = zeros(trained_size, at::kFloat);
+  buffers.v = zeros(trained_size, at::kFloat);
+  buffers.gradient = zeros(trained_size, is_half && memory.bf16_gradient ? dtype : at::kFloat);
+  stores_.back().buffers = buffers;
 }
 
 Optimizer::~Optimizer() {
@@ -123,12 +162,24 @@ at::Tensor Optimizer::view_of(const at::Tensor& buffer, const Slot& slot) const 
       .view(slot.parameter.sizes());
 }
 
-void Optimizer::write_weights() {
-  const at::NoGradGuard no_grad;
-  for (Slot& slot : slots_) {
-    if (slot.parameter.scalar_type() != at::kFloat) {
-      slot.parameter.copy_(view_of(master_, slot));
-    }
+at::Tensor Optimizer::master_of(const Slot& slot) const {
+  const ops::AdamwBuffers& buffers = stores_[slot.store].buffers;
+  return buffers.master.defined()
+             ? view_of(buffers.master, slot)
+             : ops::join_master(view_of(buffers.weights, slot), view_of(buffers.low, slot));
+}
+
+void Optimizer::set_master(const Slot& slot, const at::Tensor& values) {
+  const ops::AdamwBuffers& buffers = stores_[slot.store].buffers;
+  if (!buffers.master.defined()) {
+    at::Tensor weights = view_of(buffers.weights, slot);
+    at::Tensor low = view_of(buffers.low, slot);
+    ops::split_master(values.to(low.options().dtype(at::kFloat)), weights, low);
+    return;
+  }
+  view_of(buffers.master, slot).copy_(values);
+  if (buffers.weights.defined()) {
+    view_of(buffers.weights, slot).copy_(values);
   }
 }
 
@@ -141,7 +192,7 @@ void Optimizer::zero_gradient() {
 void Optimizer::move_gradient(Slot& slot) {
   const at::NoGradGuard no_grad;
   at::Tensor& grad = slot.parameter.mutable_grad();
-  at::Tensor sum = view_of(gradient_, slot);
+  at::Tensor sum = view_of(stores_[slot.store].buffers.gradient, slot);
   if (slot.starts_anew) {
     sum.copy_(grad);
   } else {
@@ -157,62 +208,67 @@ void Optimizer::accumulate_gradient() {
     if (slot.parameter.grad().defined()) {
       move_gradient(slot);
     } else if (slot.trained && slot.starts_anew) {
-      view_of(gradient_, slot).zero_();
+      view_of(stores_[slot.store].buffers.gradient, slot).zero_();
       slot.starts_anew = false;
     }
   }
 }
 
+at::Tensor Optimizer::sum_of_squares() const {
+  at::Tensor sum = at::zeros({}, control_.options());
+  for (const Store& store : stores_) {
+    ops::add_sum_of_squares(store.buffers.gradient, sum);
+  }
+  return sum;
+}
+
 double Optimizer::gradient_norm() const {
-  return std::sqrt(ops::sum_of_squares(gradient_));
+  return std::sqrt(sum_of_squares().item<double>());
 }
 
 std::string Optimizer::first_nonfinite_gradient() const {
   // Backward comes to the last tensor first, and hands what is bad on to all before it.
   const auto found = std::find_if(slots_.rbegin(), slots_.rend(), [&](const Slot& slot) {
-    return slot.trained && !view_of(gradient_, slot).isfinite().all().item<bool>();
+    return slot.trained && !view_of(stores_[slot.store].buffers.gradient, slot)
+                                .isfinite()
+                                .all()
+                                .item<bool>();
   });
   return found == slots_.rend() ? "" : found->name;
 }
 
 std::string Optimizer::first_nonfinite_weight() const {
   const auto found = std::find_if(slots_.begin(), slots_.end(), [&](const Slot& slot) {
-    return !view_of(master_, slot).isfinite().all().item<bool>();
+    return !master_of(slot).isfinite().all().item<bool>();
   });
   return found == slots_.end() ? "" : found->name;
 }
 
-void Optimizer::step(double lr, double gradient_norm) {
+void Optimizer::set_lr(double lr) {
+  control_.select(0, ops::kControlLr).fill_(lr);
+}
+
+void Optimizer::update(const at::Tensor& loss) {
   const at::NoGradGuard no_grad;
-  ++steps_;
-  const double clip =
-      config_.clip_norm > 0 ? std::min(1.0, config_.clip_norm / (gradient_norm + 1e-6)) : 1.0;
-  for (const Group& group : groups_) {
-    const auto range = [&](const at::Tensor& buffer) {
-      return buffer.slice(0, group.begin, group.end);
-    };
-    at::Tensor master = range(master_);
-    at::Tensor m = range(m_);
-    at::Tensor v = range(v_);
-    ops::adamw_(master,
-                m,
-                v,
-                range(gradient_),
-                weights_.defined() ? range(weights_) : at::Tensor(),
-                {.lr = lr * group.lr_scale,
-                 .beta1 = config_.beta1,
-                 .beta2 = config_.beta2,
-                 .eps = config_.eps,
-                 .weight_decay = group.weight_decay ? config_.weight_decay : 0.0,
-                 .grad_scale = clip,
-                 .step = steps_});
+  const ops::AdamwSettings settings = settings_of(config_);
+  ops::begin_adamw(control_, sum_of_squares(), loss, settings);
+  for (Store& store : stores_) {
+    ops::adamw_(store.buffers, store.groups, control_, settings);
   }
+}
+
+StepNumbers Optimizer::numbers() const {
+  const at::Tensor numbers = control_.cpu();
+  const auto* at = numbers.const_data_ptr<double>();
+  return {.loss = at[ops::kControlLoss],
+          .gradient_norm = at[ops::kControlGradientNorm],
+          .skipped = at[ops::kControlSkip] != 0};
 }
 
 NamedTensors Optimizer::master_weights() const {
   NamedTensors result;
   for (const Slot& slot : slots_) {
-    result.emplace_back(slot.name, view_of(master_, slot));
+    result.emplace_back(slot.name, master_of(slot).cpu());
   }
   return result;
 }
@@ -221,8 +277,9 @@ NamedTensors Optimizer::moments() const {
   NamedTensors result;
   for (const Slot& slot : slots_) {
     if (slot.trained) {
-      result.emplace_back("m." + slot.name, view_of(m_, slot));
-      result.emplace_back("v." + slot.name, view_of(v_, slot));
+      const ops::AdamwBuffers& buffers = stores_[slot.store].buffers;
+      result.emplace_back("m." + slot.name, view_of(buffers.m, slot).cpu());
+      result.emplace_back("v." + slot.name, view_of(buffers.v, slot).cpu());
     }
   }
   return result;
@@ -231,14 +288,15 @@ NamedTensors Optimizer::moments() const {
 void Optimizer::load(const WeightFile& weights, const WeightFile& moments, int64_t steps) {
   const at::NoGradGuard no_grad;
   for (const Slot& slot : slots_) {
-    fill_from(weights, slot.name, view_of(master_, slot));
+    const at::IntArrayRef shape = slot.parameter.sizes();
+    set_master(slot, read_tensor(weights, slot.name, shape));
     if (slot.trained) {
-      fill_from(moments, "m." + slot.name, view_of(m_, slot));
-      fill_from(moments, "v." + slot.name, view_of(v_, slot));
+      const ops::AdamwBuffers& buffers = stores_[slot.store].buffers;
+      view_of(buffers.m, slot).copy_(read_tensor(moments, "m." + slot.name, shape));
+      view_of(buffers.v, slot).copy_(read_tensor(moments, "v." + slot.name, shape));
     }
   }
-  steps_ = steps;
-  write_weights();
+  control_.select(0, ops::kControlSteps).fill_(static_cast<double>(steps));
 }
 
 }  // namespace rwkv

@@ -38,7 +38,7 @@ at::Tensor padded(Sequences sequences, std::span<const size_t> rows) {
 
 std::vector<float> SequencePrediction::losses() const {
   const at::Tensor losses_T =
-      ops::cross_entropy(logits_TV, targets_T, logits_TV.size(1)).to(at::kFloat);
+      ops::cross_entropy(logits_TV, targets_T, logits_TV.size(1)).to(at::kCPU, at::kFloat);
   const auto* data = losses_T.const_data_ptr<float>();
   return {data, data + losses_T.numel()};
 }
@@ -52,7 +52,7 @@ void predict_sequences(RwkvModel model,
   for (size_t begin = 0; begin < order.size(); begin += static_cast<size_t>(batch_size)) {
     const size_t num_rows = std::min(static_cast<size_t>(batch_size), order.size() - begin);
     const std::span rows = std::span(order).subspan(begin, num_rows);
-    const at::Tensor ids_BL = padded(sequences, rows);
+    const at::Tensor ids_BL = padded(sequences, rows).to(model->device());
     const at::Tensor inputs_BT = ids_BL.slice(1, 0, ids_BL.size(1) - 1);
     const at::Tensor logits_BTV =
         model->forward(inputs_BT, model->initial_state(inputs_BT.size(0))).logits_BTV;

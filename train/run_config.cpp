@@ -10,6 +10,7 @@
 #include "data/atomic_file.h"
 #include "train/config_file.h"
 #include "train/config_value.h"
+#include "train/gpu.h"
 
 namespace rwkv {
 namespace {
@@ -81,7 +82,11 @@ ConfigSection train_section(TrainConfig& t) {
       "train",
       {
           {"run_dir", &t.run_dir, "folder of checkpoints and metrics; required", kMayDiffer},
-          {"device", &t.device, "cpu", kMayDiffer},
+          {"device", &t.device, "cpu, cuda, or cuda:N for GPU N", kMayDiffer},
+          {"cuda_graph",
+           &t.cuda_graph,
+           "on a GPU, record the step once and replay it",
+           kMayDiffer},
           {"dtype",
            by_name<TrainDtype>(&t.dtype,
                                {{"fp32", TrainDtype::kFp32}, {"bf16", TrainDtype::kBf16}}),
@@ -245,10 +250,10 @@ constexpr int64_t kMostSequences = int64_t{1} << 31;
 
 void validate_train(const TrainConfig& t) {
   require_given("train.run_dir", t.run_dir, "a folder for checkpoints and metrics");
-  if (t.device != "cpu") {
+  if (!is_device_name(t.device)) {
     reject_value("train.device",
                  to_config_text(std::string_view(t.device)),
-                 "this program trains on \"cpu\" only; use that, or leave the key out");
+                 "expected \"cpu\", \"cuda\", or \"cuda:1\" for the second GPU");
   }
   require_at_least(0, "train.seed", t.seed);
   require_one(Ways::kExclusive,

@@ -47,7 +47,8 @@ enum class TrainDtype { kFp32, kBf16 };
 
 struct TrainConfig {
   std::string run_dir;         // required; checkpoints, configuration and metrics go there
-  std::string device = "cpu";  // "cpu"
+  std::string device = "cpu";  // "cpu", "cuda" or "cuda:N"
+  bool cuda_graph = true;      // on a GPU: the step is recorded once and replayed
   TrainDtype dtype = TrainDtype::kFp32;
   int64_t seed = 1;  // of initial weights and sample order; 0 or more
   // Sequences a step, or tokens a step (a multiple of model.ctx_len): exactly one is given.

@@ -143,6 +143,7 @@ Trainer::Trainer(const RunConfig& config, Purpose purpose, std::optional<int64_t
   }
   // Not LibTorch's default: that follows environment variables, and equal bits need equal numbers.
   at::set_num_threads(static_cast<int>(config_.train.threads.value_or(describe_machine().cores)));
+  device_ = open_device("train.device", config_.train.device);
   if (purpose == Purpose::kTrain) {
     lock_.emplace(config_.train.run_dir);
     require_writable_checkpoints(config_.train.run_dir);
@@ -166,8 +167,14 @@ void Trainer::start(std::optional<int64_t> before_step) {
   }
   started_step_ = state_.step;
   freeze_parameters(model_, config_.optimizer.freeze);
-  optimizer_ =
-      std::make_unique<Optimizer>(model_, config_.optimizer, scalar_type(config_.train.dtype));
+  model_->to(device_.device);
+  // A GPU's memory is dear; the sum of several gradients keeps fp32.
+  const bool on_gpu = device_.runtime != nullptr;
+  optimizer_ = std::make_unique<Optimizer>(
+      model_,
+      config_.optimizer,
+      scalar_type(config_.train.dtype),
+      OptimizerMemory{.split_masters = on_gpu, .bf16_gradient = on_gpu && micro_batches() == 1});
   if (checkpoint) {
     load_optimizer(*checkpoint, state_, *optimizer_);
     check_same_corpus(train_corpus_, state_.corpus, *checkpoint);
@@ -176,6 +183,12 @@ void Trainer::start(std::optional<int64_t> before_step) {
     spdlog::info("no checkpoint before step {}: doing all steps before it again", *before_step);
   }
   state_.corpus = train_corpus_.fingerprint();
+  runner_ = std::make_unique<StepRunner>(model_,
+                                         *optimizer_,
+                                         device_.runtime,
+                                         StepSettings{.micro_batches = micro_batches(),
+                                                      .l2wrap = config_.train.l2wrap,
+                                                      .record = config_.train.cuda_graph});
   loader_ = std::make_unique<BatchLoader>(train_corpus_,
                                           order_,
                                           BatchPlan{.rows = config_.micro_batch_sequences(),
@@ -190,48 +203,44 @@ int64_t Trainer::micro_batches() const {
   return config_.batch_sequences() / config_.micro_batch_sequences();
 }
 
-Trainer::MicroBatch Trainer::accumulate_micro_batch() {
+Trainer::Samples Trainer::add_micro_batch() {
   Batch batch = loader_->next();
-  const at::Tensor inputs_BT = as_tensor(batch.inputs, batch);
-  const at::Tensor targets_BT = as_tensor(batch.targets, batch);
-  const at::Tensor loss =
-      model_->loss(inputs_BT, targets_BT, model_->initial_state(batch.rows), config_.train.l2wrap)
-          .loss;
-  (loss / static_cast<double>(micro_batches())).backward();
-  optimizer_->accumulate_gradient();
-  return {.loss = loss.item<double>(), .first_sample = batch.first_sample, .rows = batch.rows};
+  runner_->add_micro_batch(as_tensor(batch.inputs, batch), as_tensor(batch.targets, batch));
+  return {.first = batch.first_sample, .rows = batch.rows};
 }
 
 std::optional<StepResult> Trainer::step() {
-  StepResult result;
-  result.lr = config_.schedule.lr(state_.tokens, config_.total_tokens(order_.samples_per_epoch()));
-  optimizer_->zero_gradient();
-  MicroBatch first_bad;
+  const double lr =
+      config_.schedule.lr(state_.tokens, config_.total_tokens(order_.samples_per_epoch()));
+  runner_->begin_step();
   for (int64_t i = 0; i < micro_batches(); ++i) {
     if (stop_signal() != 0) {
       return std::nullopt;
     }
-    const MicroBatch done = accumulate_micro_batch();
-    result.loss += done.loss / static_cast<double>(micro_batches());
-    if (!std::isfinite(done.loss) && first_bad.rows == 0) {
-      first_bad = done;
-    }
+    add_micro_batch();
   }
-  result.grad_norm = optimizer_->gradient_norm();
-  if (!std::isfinite(result.loss) || !std::isfinite(result.grad_norm)) {
-    throw std::runtime_error(where_not_finite(result, first_bad));
+  runner_->finish_step(lr);
+  const StepNumbers numbers = runner_->numbers();
+  const StepResult result{.loss = numbers.loss, .grad_norm = numbers.gradient_norm, .lr = lr};
+  if (numbers.skipped) {
+    throw std::runtime_error(where_not_finite(result));
   }
-  optimizer_->step(result.lr, result.grad_norm);
   ++state_.step;
   state_.samples += config_.batch_sequences();
   state_.tokens += config_.tokens_per_step();
   return result;
 }
 
-std::string Trainer::where_not_finite(const StepResult& result, const MicroBatch& first_bad) const {
-  const bool bad_loss = first_bad.rows > 0;
-  const int64_t first = bad_loss ? first_bad.first_sample : state_.samples;
-  const int64_t count = bad_loss ? first_bad.rows : config_.batch_sequences();
+std::string Trainer::where_not_finite(const StepResult& result) const {
+  const at::Tensor losses = runner_->losses();
+  const auto* const first_loss = losses.const_data_ptr<float>();
+  const auto* const bad_loss = std::find_if(first_loss,
+                                            first_loss + losses.numel(),
+                                            [](float loss) { return !std::isfinite(loss); });
+  const bool is_bad = bad_loss != first_loss + losses.numel();
+  const int64_t rows = config_.micro_batch_sequences();
+  const int64_t first = state_.samples + (is_bad ? (bad_loss - first_loss) * rows : 0);
+  const int64_t count = is_bad ? rows : config_.batch_sequences();
   const std::string weight = optimizer_->first_nonfinite_weight();
   const std::string tensor = optimizer_->first_nonfinite_gradient();
   const std::string step = std::to_string(state_.step + 1);
@@ -257,13 +266,17 @@ std::string Trainer::replay() {
   const std::string name = "step " + std::to_string(state_.step + 1);
   std::string report = name + ", from samples " + std::to_string(state_.samples) + " to " +
                        std::to_string(state_.samples + config_.batch_sequences() - 1) + "\n";
-  optimizer_->zero_gradient();
   OpChecks checks(model_);
+  std::vector<Samples> samples;
+  runner_->begin_step();
   for (int64_t i = 0; i < micro_batches(); ++i) {
-    const MicroBatch done = accumulate_micro_batch();
-    report += "samples " + std::to_string(done.first_sample) + " to " +
-              std::to_string(done.first_sample + done.rows - 1) + ": loss " +
-              std::to_string(done.loss) + "\n";
+    samples.push_back(add_micro_batch());
+  }
+  const at::Tensor losses = runner_->losses();
+  for (size_t i = 0; i < samples.size(); ++i) {
+    report += "samples " + std::to_string(samples[i].first) + " to " +
+              std::to_string(samples[i].first + samples[i].rows - 1) + ": loss " +
+              std::to_string(losses.const_data_ptr<float>()[i]) + "\n";
   }
   const std::string finding = checks.first_finding();
   const std::string tensor = optimizer_->first_nonfinite_gradient();
@@ -285,7 +298,7 @@ RunEnd Trainer::run() {
   }
   RunLog log(config_, state_.step, wall_clock_seconds());
   flops_per_token_ = matrix_flops_per_token(model_);
-  matrix_flops_per_s_ = matmul_flops_per_s(scalar_type(config_.train.dtype));
+  matrix_flops_per_s_ = matmul_flops_per_s(scalar_type(config_.train.dtype), device_.runtime);
   write_start(log);
   started_s_ = saved_s_ = now_seconds();
   elapsed_before_s_ = state_.elapsed_s;
@@ -325,6 +338,7 @@ void Trainer::write_start(RunLog& log) const {
                                         {"features", machine.features},
                                         {"memory_bytes", machine.memory_bytes},
                                         {"threads", at::get_num_threads()},
+                                        {"device", device_name()},
                                         {"matrix_flops_per_s", matrix_flops_per_s_},
                                         {"parameters", model_->num_parameters()},
                                         {"trained_parameters", count_trained(model_)},
@@ -356,8 +370,9 @@ void Trainer::write_start(RunLog& log) const {
                             static_cast<double>(order_.samples_per_epoch())));
   }
   log.say(
-      fmt::format("{} threads; matrix products reach {:.3g} GFLOP/s here, so mfu 100% would be "
+      fmt::format("{}, {} threads; matrix products reach {:.3g} GFLOP/s here, so mfu 100% would be "
                   "{:.0f} tok/s",
+                  device_name(),
                   at::get_num_threads(),
                   matrix_flops_per_s_ / 1e9,
                   matrix_flops_per_s_ / flops_per_token_));
@@ -379,6 +394,15 @@ std::optional<RunEnd> Trainer::end() const {
   return std::nullopt;
 }
 
+std::string Trainer::device_name() const {
+  return device_.runtime == nullptr ? "cpu" : device_.runtime->name();
+}
+
+int64_t Trainer::peak_memory_bytes() const {
+  return device_.runtime == nullptr ? peak_resident_bytes()
+                                    : device_.runtime->memory().peak_tensor_bytes;
+}
+
 bool Trainer::is_step_of(std::optional<int64_t> every) const {
   // At the end, too, whichever it is; a signal does not wait.
   const auto ended = end();
@@ -394,7 +418,7 @@ void Trainer::finish_step(const StepResult& result, ProgressMeter& meter, RunLog
                                          .loss = result.loss,
                                          .lr = result.lr,
                                          .grad_norm = result.grad_norm,
-                                         .memory_bytes = peak_resident_bytes(),
+                                         .memory_bytes = peak_memory_bytes(),
                                          .elapsed_s = state_.elapsed_s,
                                          .time = wall_clock_seconds()},
                                         pause_s,

@@ -12,11 +12,13 @@
 #include "data/tokenizer.h"
 #include "model/rwkv_model.h"
 #include "train/checkpoint.h"
+#include "train/device.h"
 #include "train/metrics.h"
 #include "train/optimizer.h"
 #include "train/run_config.h"
 #include "train/run_folder.h"
 #include "train/run_log.h"
+#include "train/step_runner.h"
 
 namespace rwkv {
 
@@ -65,17 +67,19 @@ class Trainer {
   enum class Purpose { kTrain, kReplay };
   Trainer(const RunConfig& config, Purpose purpose, std::optional<int64_t> before_step);
 
-  struct MicroBatch {
-    double loss = 0;  // mean over its tokens
-    int64_t first_sample = 0;
+  // Of a micro-batch.
+  struct Samples {
+    int64_t first = 0;
     int64_t rows = 0;
   };
   void start(std::optional<int64_t> before_step);
   void write_start(RunLog& log) const;
   int64_t micro_batches() const;
-  MicroBatch accumulate_micro_batch();
-  std::string where_not_finite(const StepResult& result, const MicroBatch& first_bad) const;
+  Samples add_micro_batch();
+  std::string where_not_finite(const StepResult& result) const;
   std::string how_to_go_on() const;
+  std::string device_name() const;
+  int64_t peak_memory_bytes() const;
   std::optional<RunEnd> end() const;
   bool is_step_of(std::optional<int64_t> every) const;
   void finish_step(const StepResult& result, ProgressMeter& meter, RunLog& log);
@@ -94,7 +98,9 @@ class Trainer {
   SampleOrder order_;
   std::optional<int64_t> total_steps_;
   RwkvModel model_;
+  OpenDevice device_;
   std::unique_ptr<Optimizer> optimizer_;
+  std::unique_ptr<StepRunner> runner_;
   TrainerState state_;
   std::unique_ptr<BatchLoader> loader_;
   int64_t started_step_ = 0;  // updates done before this start

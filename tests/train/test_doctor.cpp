@@ -106,12 +106,14 @@ TEST(Doctor, HasAnAdviceForEverySmallThing) {
   facts.vocabulary = "";
   facts.huge_pages = "never";
   facts.open_files_limit = 64;
-  facts.gpu.devices = {"A GPU"};
+  facts.gpu.devices = {{.name = "A GPU", .capability_major = 9}};
+  facts.gpu.has_library = true;
   facts.gpu.cuda_version = 12040;
   EXPECT_THAT(check_of(facts, "vocabulary").advice, HasSubstr("scripts/setup.sh"));
   EXPECT_THAT(check_of(facts, "huge pages").advice, HasSubstr("madvise"));
   EXPECT_THAT(check_of(facts, "limits").advice, HasSubstr("ulimit -n"));
-  EXPECT_THAT(check_of(facts, "gpu").found, HasSubstr("A GPU; driver for CUDA 12.4"));
+  EXPECT_THAT(check_of(facts, "gpu").found, HasSubstr("A GPU (compute capability 9.0"));
+  EXPECT_THAT(check_of(facts, "gpu").advice, HasSubstr("for CUDA 12.4, expected 13.0"));
   facts.file_size_limit = kGib;
   EXPECT_THAT(check_of(facts, "limits").advice, HasSubstr("ulimit -f"));
 }

@@ -52,13 +52,27 @@ TEST(TenSteps, MatchFloat64) {
     EXPECT_NEAR(loss_sum, expected.at("loss"), 1e-5) << "step " << step;
     const double norm = optimizer.gradient_norm();
     EXPECT_NEAR(norm, expected.at("grad_norm"), 1e-5 * norm) << "step " << step;
-    optimizer.step(lr, norm);
+    optimizer.set_lr(lr);
+    optimizer.update(at::scalar_tensor(loss_sum));
+    EXPECT_EQ(optimizer.numbers().gradient_norm, norm) << "step " << step;
+    EXPECT_FALSE(optimizer.numbers().skipped) << "step " << step;
   }
   const auto start = test::load_tensors(test::golden("rwkv4_odd.safetensors"));
   for (const auto& [name, weight] : optimizer.master_weights()) {
     const at::Tensor moved = weight - start.at(name);
     EXPECT_TRUE(test::close_l2(moved, golden["final." + name] - start.at(name), 1e-3)) << name;
     EXPECT_TRUE(test::same_bits(model->named_parameters()[name], weight)) << name;
+  }
+}
+
+// Two hundred updates of one parameter by a gradient of ones, each far below bf16's resolution.
+void update_by_ones(Optimizer& optimizer, at::Tensor& parameter) {
+  optimizer.set_lr(1e-4);
+  for (int i = 0; i < 200; ++i) {
+    optimizer.zero_gradient();
+    parameter.mutable_grad() = at::ones_like(parameter);
+    optimizer.accumulate_gradient();
+    optimizer.update(at::zeros({}));
   }
 }
 
@@ -69,17 +83,72 @@ TEST(Optimizer, KeepsFp32MastersOfABf16Model) {
   EXPECT_TRUE(test::same_bits(optimizer.master_weights().back().second, before));
   at::Tensor parameter = model->named_parameters()["head.weight"];
   EXPECT_EQ(parameter.scalar_type(), at::kBFloat16);
-  // Steps far below bf16's resolution add up in the master and then show in the weight. (200 of
-  // them, each rounded to fp32 at 2, may be off by 2.4e-5.)
-  for (int i = 0; i < 200; ++i) {
-    optimizer.zero_gradient();
-    parameter.mutable_grad() = at::ones_like(parameter);
-    optimizer.accumulate_gradient();
-    optimizer.step(1e-4, optimizer.gradient_norm());
-  }
+  // The steps add up in the master and then show in the weight. (200 of them, each rounded to fp32
+  // at 2, may be off by 2.4e-5.)
+  update_by_ones(optimizer, parameter);
   EXPECT_TRUE(test::close_max(optimizer.master_weights().back().second, before - 0.02, 5e-5));
   EXPECT_TRUE(
       test::same_bits(parameter, optimizer.master_weights().back().second.to(at::kBFloat16)));
+}
+
+TEST(Optimizer, SplitMastersAndABf16GradientComeToTheSame) {
+  std::vector<at::Tensor> masters;
+  for (const OptimizerMemory& memory :
+       {OptimizerMemory{}, OptimizerMemory{.split_masters = true, .bf16_gradient = true}}) {
+    RwkvModel model = open_model(test::golden("rwkv4_odd.safetensors"), at::kFloat);
+    const NamedTensors before = Optimizer(model, {}, at::kFloat).master_weights();
+    Optimizer optimizer(model, {.clip_norm = 0}, at::kBFloat16, memory);
+    const NamedTensors split = optimizer.master_weights();
+    for (size_t i = 0; i < split.size(); ++i) {
+      EXPECT_TRUE(test::same_bits(split[i].second, before[i].second)) << split[i].first;
+    }
+    at::Tensor parameter = model->named_parameters()["head.weight"];
+    update_by_ones(optimizer, parameter);
+    masters.push_back(optimizer.master_weights().back().second);
+    EXPECT_TRUE(test::close_max(parameter, masters.back(), 1.0 / 128));
+  }
+  EXPECT_TRUE(test::same_bits(masters[1], masters[0]));
+}
+
+TEST(Optimizer, MakesNoUpdateAfterALossOrGradientThatIsNotFinite) {
+  constexpr float kInf = std::numeric_limits<float>::infinity();
+  for (const auto& [loss, gradient] : {std::pair{kInf, 1.0F}, std::pair{1.0F, kInf}}) {
+    RwkvModel model = open_model(test::golden("rwkv4_odd.safetensors"), at::kFloat);
+    Optimizer optimizer(model, {}, at::kFloat);
+    at::Tensor parameter = model->named_parameters()["head.weight"];
+    const at::Tensor before = parameter.detach().clone();
+    optimizer.set_lr(1e-2);
+    const auto update = [&](float with_loss, float with_gradient) {
+      optimizer.zero_gradient();
+      parameter.mutable_grad() = at::full_like(parameter, with_gradient);
+      optimizer.accumulate_gradient();
+      optimizer.update(at::scalar_tensor(with_loss));
+    };
+    update(loss, gradient);
+    EXPECT_TRUE(optimizer.numbers().skipped);
+    // What comes after it may be of a step that should not have been made.
+    update(1, 1);
+    EXPECT_TRUE(optimizer.numbers().skipped);
+    EXPECT_TRUE(test::same_bits(parameter, before));
+    EXPECT_EQ(optimizer.moments().front().second.abs().max().item<float>(), 0);
+  }
+}
+
+TEST(SplitMaster, HoldsEveryFp32NumberAndRoundsToNearest) {
+  at::Generator generator = at::make_generator<at::CPUGeneratorImpl>(uint64_t{3});
+  // Random bits: numbers of every size, those too small to be normal among them.
+  at::Tensor bits = at::randint(
+      std::numeric_limits<int32_t>::min(), std::numeric_limits<int32_t>::max(), {100'003}, generator, at::kLong);
+  at::Tensor master = bits.to(at::kInt).view(at::kFloat);
+  master = at::where(master.isfinite() & (master.abs() < 3e38), master, at::zeros_like(master));
+  at::Tensor weights = at::empty_like(master, at::kBFloat16);
+  at::Tensor low = at::empty_like(master, at::kShort);
+  ops::split_master(master, weights, low);
+  EXPECT_TRUE(test::same_bits(ops::join_master(weights, low), master));
+  // Only where two bf16 numbers are equally near may rounding differ from LibTorch's.
+  const at::Tensor is_tie = (bits & 0xffff) == 0x8000;
+  const at::Tensor differs = weights.view(at::kShort) != master.to(at::kBFloat16).view(at::kShort);
+  EXPECT_FALSE((differs & ~is_tie).any().item<bool>());
 }
 
 // Norm of what backward of `loss` adds to the accumulated gradient.
@@ -128,12 +197,20 @@ TEST(SumOfSquares, IsExactAndTheSameOnAnyNumberOfThreads) {
   const at::Tensor x = at::randn({300'007}, generator, at::kFloat);
   const double expected = x.to(at::kDouble).square().sum().item<double>();
   const int threads = at::get_num_threads();
-  const double first = ops::sum_of_squares(x);
+  const auto sum_of_squares = [](const at::Tensor& tensor) {
+    at::Tensor sum = at::zeros({}, at::kDouble);
+    ops::add_sum_of_squares(tensor, sum);
+    return sum.item<double>();
+  };
+  const double first = sum_of_squares(x);
   at::set_num_threads(1);
-  const double second = ops::sum_of_squares(x);
+  const double second = sum_of_squares(x);
   at::set_num_threads(threads);
   EXPECT_NEAR(first, expected, 1e-9 * expected);
   EXPECT_EQ(first, second);
+  const at::Tensor half = x.to(at::kBFloat16);
+  const double of_half = half.to(at::kDouble).square().sum().item<double>();
+  EXPECT_NEAR(sum_of_squares(half), of_half, 1e-9 * of_half);
 }
 
 }  // namespace

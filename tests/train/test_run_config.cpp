@@ -271,7 +271,8 @@ INSTANTIATE_TEST_SUITE_P(
                  "data.order = \"random\" (a string): expected \"shuffled\", \"sequential\" or "
                  "\"rwkv_lm\""},
         BadValue{"train.run_dir=\"\"", "train.run_dir is not given"},
-        BadValue{"train.device=cuda", "train.device = \"cuda\": this program trains on \"cpu\""},
+        BadValue{"train.device=gpu", "train.device = \"gpu\": expected \"cpu\", \"cuda\", or"},
+        BadValue{"train.device=cuda:x", "train.device = \"cuda:x\": expected"},
         BadValue{"train.dtype=fp16", "train.dtype = \"fp16\" (a string): expected \"fp32\" or"},
         BadValue{"train.seed=-1", "train.seed = -1: must be 0 or more"},
         BadValue{"train.batch_size=0", "train.batch_size = 0: "},
@@ -499,6 +500,7 @@ TEST(RunConfigResume, EveryOtherKeyMustMatch) {
                           "data.tokenizer",
                           "train.run_dir",
                           "train.device",
+                          "train.cuda_graph",
                           "train.micro_batch_size",
                           "train.validate_every_steps",
                           "train.validation_tokens",

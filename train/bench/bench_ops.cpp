@@ -219,11 +219,15 @@ OpCase adamw_case(const StepShape& shape) {
   const auto operand_bytes =
       static_cast<double>(16 * count + std::max<int64_t>(12 * count - CacheSweeper::kBytes, 0));
   const auto buffer = [&] { return at::rand({count}); };
+  at::Tensor control = ops::make_adamw_control({});
+  ops::begin_adamw(control, at::ones({}, at::kDouble), at::ones({}), {});
+  control.select(0, ops::kControlLr).fill_(1e-4);
   return {"adamw_",
           {buffer(), buffer(), buffer(), buffer()},
-          [](const Tensors& in) {
-            at::Tensor p = in[0], m = in[1], v = in[2];
-            ops::adamw_(p, m, v, in[3], {}, {.lr = 1e-4, .weight_decay = 0.1});
+          [control, count](const Tensors& in) {
+            ops::AdamwBuffers buffers{
+                .master = in[0], .weights = {}, .low = {}, .m = in[1], .v = in[2], .gradient = in[3]};
+            ops::adamw_(buffers, {{.end = count, .weight_decay = 0.1}}, control, {});
             return Tensors{};
           },
           &plain_adamw,
