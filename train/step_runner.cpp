@@ -1,0 +1,105 @@
+#include "train/step_runner.h"
+
+#include <ATen/ATen.h>
+
+#include <spdlog/spdlog.h>
+
+namespace rwkv {
+
+StepRunner::StepRunner(RwkvModel model,
+                       Optimizer& optimizer,
+                       ops::DeviceRuntime* runtime,
+                       const StepSettings& settings)
+    : model_(std::move(model)), optimizer_(optimizer), runtime_(runtime), settings_(settings) {
+  const at::TensorOptions options =
+      optimizer_.control().options().dtype(at::kFloat).requires_grad(false);
+  loss_ = at::zeros({}, options);
+  losses_ = at::zeros({settings_.micro_batches}, options);
+}
+
+StepRunner::~StepRunner() = default;
+
+void StepRunner::begin_step() {
+  micro_batch_ = 0;
+}
+
+void StepRunner::add_micro_batch(const at::Tensor& inputs_BT, const at::Tensor& targets_BT) {
+  if (runtime_ == nullptr) {
+    inputs_BT_ = inputs_BT;
+    targets_BT_ = targets_BT;
+  } else {
+    // One place for all steps: recorded work reads it there.
+    if (!inputs_BT_.defined()) {
+      inputs_BT_ = at::empty(inputs_BT.sizes(), loss_.options().dtype(at::kLong));
+      targets_BT_ = at::empty_like(inputs_BT_);
+    }
+    runtime_->upload(inputs_BT, inputs_BT_);
+    runtime_->upload(targets_BT, targets_BT_);
+  }
+  if (initial_state_.layers.empty()) {
+    initial_state_ = model_->initial_state(inputs_BT.size(0));
+  }
+  run(micro_batch_ == 0 ? Position::kFirst : Position::kLater);
+  losses_.select(0, micro_batch_).copy_(loss_);
+  ++micro_batch_;
+}
+
+void StepRunner::finish_step(double lr) {
+  optimizer_.set_lr(lr);
+  run(Position::kUpdate);
+  ++steps_;
+}
+
+StepNumbers StepRunner::numbers() const {
+  return optimizer_.numbers();
+}
+
+at::Tensor StepRunner::losses() const {
+  return losses_.cpu();
+}
+
+void StepRunner::run(Position position) {
+  std::unique_ptr<ops::RecordedWork>& recorded = recorded_[static_cast<size_t>(position)];
+  // The first step finds out what libraries need: workspaces, kernels to load, memory.
+  const bool can_record = runtime_ != nullptr && settings_.record && steps_ > 0;
+  if (can_record && recorded == nullptr) {
+    try {
+      if (position == Position::kFirst) {
+        // What the first step has left would lie beside what is recorded.
+        runtime_->reset_memory();
+      }
+      recorded = runtime_->record([&] { run_eagerly(position); });
+    } catch (const c10::Error& error) {
+      spdlog::warn("the step cannot be recorded as a graph and runs op by op: {}",
+                   error.what_without_backtrace());
+      settings_.record = false;
+    }
+  }
+  if (recorded != nullptr && settings_.record) {
+    recorded->replay();
+  } else {
+    run_eagerly(position);
+  }
+}
+
+void StepRunner::run_eagerly(Position position) {
+  if (position == Position::kUpdate) {
+    optimizer_.update(losses_.mean());
+    return;
+  }
+  if (position == Position::kFirst) {
+    optimizer_.zero_gradient();
+  }
+  forward_and_backward();
+}
+
+void StepRunner::forward_and_backward() {
+  const at::Tensor loss =
+      model_->loss(inputs_BT_, targets_BT_, initial_state_, settings_.l2wrap).loss;
+  (loss / static_cast<double>(settings_.micro_batches)).backward();
+  optimizer_.accumulate_gradient();
+  const at::NoGradGuard no_grad;
+  loss_.copy_(loss);
+}
+
+}  // namespace rwkv

@@ -1,0 +1,70 @@
+// The work of one training step on its device: micro-batches forward and backward, then the update.
+//
+// On the CPU each call does its work. On another device it only puts work into a queue, and where
+// the device can record, the second step is recorded and later ones are replayed: no allocation,
+// and one call of the host for each micro-batch.
+#pragma once
+
+#include <cstdint>
+#include <memory>
+#include <vector>
+
+#include <ATen/core/Tensor.h>
+
+#include "model/ops/device_runtime.h"
+#include "model/rwkv_model.h"
+#include "train/optimizer.h"
+
+namespace rwkv {
+
+struct StepSettings {
+  int64_t micro_batches = 1;
+  double l2wrap = 0;
+  bool record = true;  // where the device can
+};
+
+class StepRunner {
+ public:
+  // `runtime` is null on the CPU. Model and optimizer are on the device already; all three outlive
+  // the runner.
+  StepRunner(RwkvModel model,
+             Optimizer& optimizer,
+             ops::DeviceRuntime* runtime,
+             const StepSettings& settings);
+  ~StepRunner();
+
+  void begin_step();
+  // Forward and backward of the next micro-batch of the step; [rows, T], int64, on the CPU, always
+  // of one shape. Its memory may be used again at once.
+  void add_micro_batch(const at::Tensor& inputs_BT, const at::Tensor& targets_BT);
+  // The update, after the last micro-batch.
+  void finish_step(double lr);
+
+  // Of the last finished step; waits for the device.
+  StepNumbers numbers() const;
+  // Mean loss of each micro-batch of the step so far, [micro_batches], fp32, on the CPU; waits.
+  at::Tensor losses() const;
+
+ private:
+  enum class Position { kFirst, kLater, kUpdate };
+  static constexpr size_t kNumPositions = 3;
+
+  void run(Position position);
+  void run_eagerly(Position position);
+  void forward_and_backward();
+
+  RwkvModel model_;
+  Optimizer& optimizer_;
+  ops::DeviceRuntime* runtime_;
+  StepSettings settings_;
+  int64_t steps_ = 0;
+  int64_t micro_batch_ = 0;  // of the step
+  at::Tensor inputs_BT_;
+  at::Tensor targets_BT_;
+  State initial_state_;
+  at::Tensor loss_;    // of the micro-batch, a scalar
+  at::Tensor losses_;  // of the step's micro-batches
+  std::unique_ptr<ops::RecordedWork> recorded_[kNumPositions];
+};
+
+}  // namespace rwkv
