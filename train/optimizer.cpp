@@ -57,6 +57,13 @@ ops::AdamwSettings settings_of(const OptimizerConfig& config) {
 
 }  // namespace
 
+StepNumbers read_step_numbers(const at::Tensor& control) {
+  const auto* at = control.const_data_ptr<double>();
+  return {.loss = at[ops::kControlLoss],
+          .gradient_norm = at[ops::kControlGradientNorm],
+          .skipped = at[ops::kControlSkip] != 0};
+}
+
 Optimizer::Optimizer(RwkvModel model,
                      const OptimizerConfig& config,
                      at::ScalarType dtype,
@@ -258,11 +265,7 @@ void Optimizer::update(const at::Tensor& loss) {
 }
 
 StepNumbers Optimizer::numbers() const {
-  const at::Tensor numbers = control_.cpu();
-  const auto* at = numbers.const_data_ptr<double>();
-  return {.loss = at[ops::kControlLoss],
-          .gradient_norm = at[ops::kControlGradientNorm],
-          .skipped = at[ops::kControlSkip] != 0};
+  return read_step_numbers(control_.cpu());
 }
 
 NamedTensors Optimizer::master_weights() const {

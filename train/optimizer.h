@@ -43,6 +43,8 @@ struct StepNumbers {
   double gradient_norm = 0;  // before clipping
   bool skipped = false;      // loss or norm was not finite: no update was made, nor any after it
 };
+// Out of Optimizer::control(), on the CPU.
+StepNumbers read_step_numbers(const at::Tensor& control);
 
 class Optimizer {
  public:

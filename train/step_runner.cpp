@@ -6,6 +6,14 @@
 
 namespace rwkv {
 
+StepNumbers PendingNumbers::wait() {
+  if (control_ != nullptr) {
+    numbers_ = read_step_numbers(control_->wait());
+    control_.reset();
+  }
+  return numbers_;
+}
+
 StepRunner::StepRunner(RwkvModel model,
                        Optimizer& optimizer,
                        ops::DeviceRuntime* runtime,
@@ -44,14 +52,12 @@ void StepRunner::add_micro_batch(const at::Tensor& inputs_BT, const at::Tensor& 
   ++micro_batch_;
 }
 
-void StepRunner::finish_step(double lr) {
+PendingNumbers StepRunner::finish_step(double lr) {
   optimizer_.set_lr(lr);
   run(Position::kUpdate);
   ++steps_;
-}
-
-StepNumbers StepRunner::numbers() const {
-  return optimizer_.numbers();
+  return runtime_ == nullptr ? PendingNumbers(optimizer_.numbers())
+                             : PendingNumbers(runtime_->download(optimizer_.control()));
 }
 
 at::Tensor StepRunner::losses() const {

@@ -23,6 +23,20 @@ struct StepSettings {
   bool record = true;  // where the device can
 };
 
+// The numbers of a step that the device may still be at.
+class PendingNumbers {
+ public:
+  PendingNumbers() = default;
+  explicit PendingNumbers(StepNumbers numbers) : numbers_(numbers) {}
+  explicit PendingNumbers(std::unique_ptr<ops::HostCopy> control) : control_(std::move(control)) {}
+  // Waits for the device, the first time.
+  StepNumbers wait();
+
+ private:
+  std::unique_ptr<ops::HostCopy> control_;
+  StepNumbers numbers_;
+};
+
 class StepRunner {
  public:
   // `runtime` is null on the CPU. Model and optimizer are on the device already; all three outlive
@@ -37,11 +51,9 @@ class StepRunner {
   // Forward and backward of the next micro-batch of the step; [rows, T], int64, on the CPU, always
   // of one shape. Its memory may be used again at once.
   void add_micro_batch(const at::Tensor& inputs_BT, const at::Tensor& targets_BT);
-  // The update, after the last micro-batch.
-  void finish_step(double lr);
+  // The update, after the last micro-batch. The next step may begin before its numbers are there.
+  PendingNumbers finish_step(double lr);
 
-  // Of the last finished step; waits for the device.
-  StepNumbers numbers() const;
   // Mean loss of each micro-batch of the step so far, [micro_batches], fp32, on the CPU; waits.
   at::Tensor losses() const;
 

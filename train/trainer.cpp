@@ -5,6 +5,7 @@
 #include <cmath>
 #include <cstring>
 #include <filesystem>
+#include <span>
 #include <stdexcept>
 
 #include <ATen/ATen.h>
@@ -209,7 +210,7 @@ Trainer::Samples Trainer::add_micro_batch() {
   return {.first = batch.first_sample, .rows = batch.rows};
 }
 
-std::optional<StepResult> Trainer::step() {
+std::optional<Trainer::LaunchedStep> Trainer::launch_step() {
   const double lr =
       config_.schedule.lr(state_.tokens, config_.total_tokens(order_.samples_per_epoch()));
   runner_->begin_step();
@@ -219,30 +220,47 @@ std::optional<StepResult> Trainer::step() {
     }
     add_micro_batch();
   }
-  runner_->finish_step(lr);
-  const StepNumbers numbers = runner_->numbers();
-  const StepResult result{.loss = numbers.loss, .grad_norm = numbers.gradient_norm, .lr = lr};
-  if (numbers.skipped) {
-    throw std::runtime_error(where_not_finite(result));
-  }
+  LaunchedStep launched{.before = state_, .lr = lr, .numbers = runner_->finish_step(lr)};
   ++state_.step;
   state_.samples += config_.batch_sequences();
   state_.tokens += config_.tokens_per_step();
+  return launched;
+}
+
+StepResult Trainer::result_of(LaunchedStep& launched) {
+  const StepNumbers numbers = launched.numbers.wait();
+  const StepResult result{
+      .loss = numbers.loss, .grad_norm = numbers.gradient_norm, .lr = launched.lr};
+  if (numbers.skipped) {
+    // Neither it nor any step after it has changed a weight.
+    const bool is_newest = state_.step == launched.before.step + 1;
+    state_ = launched.before;
+    throw std::runtime_error(where_not_finite(result, is_newest));
+  }
   return result;
 }
 
-std::string Trainer::where_not_finite(const StepResult& result) const {
-  const at::Tensor losses = runner_->losses();
-  const auto* const first_loss = losses.const_data_ptr<float>();
-  const auto* const bad_loss = std::find_if(first_loss,
-                                            first_loss + losses.numel(),
-                                            [](float loss) { return !std::isfinite(loss); });
-  const bool is_bad = bad_loss != first_loss + losses.numel();
-  const int64_t rows = config_.micro_batch_sequences();
-  const int64_t first = state_.samples + (is_bad ? (bad_loss - first_loss) * rows : 0);
-  const int64_t count = is_bad ? rows : config_.batch_sequences();
-  const std::string weight = optimizer_->first_nonfinite_weight();
-  const std::string tensor = optimizer_->first_nonfinite_gradient();
+std::optional<StepResult> Trainer::step() {
+  std::optional<LaunchedStep> launched = launch_step();
+  return launched ? std::optional(result_of(*launched)) : std::nullopt;
+}
+
+std::string Trainer::where_not_finite(const StepResult& result, bool is_newest) const {
+  int64_t first = state_.samples;
+  int64_t count = config_.batch_sequences();
+  std::string weight, tensor;
+  // What a later step has left says nothing of this one.
+  if (is_newest) {
+    const at::Tensor losses = runner_->losses();
+    const std::span all(losses.const_data_ptr<float>(), static_cast<size_t>(losses.numel()));
+    const auto bad = std::ranges::find_if(all, [](float loss) { return !std::isfinite(loss); });
+    if (bad != all.end()) {
+      count = config_.micro_batch_sequences();
+      first += (bad - all.begin()) * count;
+    }
+    weight = optimizer_->first_nonfinite_weight();
+    tensor = optimizer_->first_nonfinite_gradient();
+  }
   const std::string step = std::to_string(state_.step + 1);
   return "step " + step + ": loss " + std::to_string(result.loss) + ", gradient norm " +
          std::to_string(result.grad_norm) +
@@ -304,13 +322,25 @@ RunEnd Trainer::run() {
   elapsed_before_s_ = state_.elapsed_s;
   ProgressMeter meter(state_.tokens, started_s_, log.smoothed_loss());
   std::optional<RunEnd> ended;
+  // A device goes on with the next step while the numbers of the one before it are looked at.
+  std::optional<LaunchedStep> waiting;
   while (!ended) {
-    const auto result = step();
+    std::optional<LaunchedStep> launched = launch_step();
     state_.elapsed_s = elapsed_before_s_ + now_seconds() - started_s_;
-    if (result) {
-      finish_step(*result, meter, log);
+    if (waiting) {
+      log_step(*waiting, meter, log);
+      waiting.reset();
     }
     ended = end();
+    if (launched && (device_.runtime == nullptr || is_work_due())) {
+      finish_step(*launched, meter, log);
+      ended = end();
+    } else {
+      waiting = std::move(launched);
+    }
+  }
+  if (waiting) {
+    log_step(*waiting, meter, log);
   }
   log.add_shown();
   if (state_.step > 0 && state_.step != saved_step_) {
@@ -409,20 +439,33 @@ bool Trainer::is_step_of(std::optional<int64_t> every) const {
   return (ended && ended->signal == 0) || (every && state_.step % *every == 0);
 }
 
-void Trainer::finish_step(const StepResult& result, ProgressMeter& meter, RunLog& log) {
+bool Trainer::is_time_to_save() const {
+  const auto& minutes = config_.train.save_every_minutes;
+  return minutes && now_seconds() - saved_s_ >= 60 * *minutes;
+}
+
+bool Trainer::is_work_due() const {
   const TrainConfig& train = config_.train;
-  const double pause_s = now_seconds();
-  StepRecord record = meter.finish_step({.step = state_.step,
-                                         .total_steps = total_steps_,
-                                         .tokens = state_.tokens,
-                                         .loss = result.loss,
-                                         .lr = result.lr,
-                                         .grad_norm = result.grad_norm,
-                                         .memory_bytes = peak_memory_bytes(),
-                                         .elapsed_s = state_.elapsed_s,
-                                         .time = wall_clock_seconds()},
-                                        pause_s,
-                                        loader_->wait_seconds());
+  return end() || (validation_corpus_ && is_step_of(train.validate_every_steps)) ||
+         is_step_of(config_.sample.every_steps) || is_step_of(train.save_every_steps) ||
+         is_step_of(train.keep_every_steps) || is_time_to_save();
+}
+
+StepRecord Trainer::record_of(LaunchedStep& launched, ProgressMeter& meter) {
+  const TrainConfig& train = config_.train;
+  const StepResult result = result_of(launched);
+  StepRecord record =
+      meter.finish_step({.step = launched.before.step + 1,
+                         .total_steps = total_steps_,
+                         .tokens = launched.before.tokens + config_.tokens_per_step(),
+                         .loss = result.loss,
+                         .lr = result.lr,
+                         .grad_norm = result.grad_norm,
+                         .memory_bytes = peak_memory_bytes(),
+                         .elapsed_s = state_.elapsed_s,
+                         .time = wall_clock_seconds()},
+                        now_seconds(),
+                        loader_->wait_seconds());
   if (record.tokens_per_s) {
     record.mfu = *record.tokens_per_s * flops_per_token_ / matrix_flops_per_s_;
   }
@@ -430,23 +473,37 @@ void Trainer::finish_step(const StepResult& result, ProgressMeter& meter, RunLog
     const double minutes_left_s = std::max(0.0, 60 * *train.total_minutes - state_.elapsed_s);
     record.seconds_left = std::min(record.seconds_left.value_or(minutes_left_s), minutes_left_s);
   }
-  if (validation_corpus_ && is_step_of(train.validate_every_steps)) {
-    require_finite_weights();
-    record.validation_loss = validate();
-  }
-  if (state_.step == started_step_ + 1 || is_step_of(train.log_every_steps) ||
-      record.validation_loss) {
+  return record;
+}
+
+void Trainer::add_record(const StepRecord& record, bool is_logged, RunLog& log) const {
+  if (record.step == started_step_ + 1 || is_logged || record.validation_loss) {
     log.add(record);
   } else {
     log.show(record);
   }
+}
+
+void Trainer::log_step(LaunchedStep& launched, ProgressMeter& meter, RunLog& log) {
+  const StepRecord record = record_of(launched, meter);
+  add_record(record, record.step % config_.train.log_every_steps == 0, log);
+}
+
+void Trainer::finish_step(LaunchedStep& launched, ProgressMeter& meter, RunLog& log) {
+  const TrainConfig& train = config_.train;
+  StepRecord record = record_of(launched, meter);
+  const double pause_s = now_seconds();
+  if (validation_corpus_ && is_step_of(train.validate_every_steps)) {
+    require_finite_weights();
+    record.validation_loss = validate();
+  }
+  add_record(record, is_step_of(train.log_every_steps), log);
   if (config_.sample.every_steps && is_step_of(config_.sample.every_steps)) {
     require_finite_weights();
     write_sample(record, log);
   }
-  const bool minutes_passed =
-      train.save_every_minutes && now_seconds() - saved_s_ >= 60 * *train.save_every_minutes;
-  if (is_step_of(train.save_every_steps) || is_step_of(train.keep_every_steps) || minutes_passed) {
+  if (is_step_of(train.save_every_steps) || is_step_of(train.keep_every_steps) ||
+      is_time_to_save()) {
     save(log);
   }
   meter.exclude_seconds(now_seconds() - pause_s);

@@ -75,14 +75,27 @@ class Trainer {
   void start(std::optional<int64_t> before_step);
   void write_start(RunLog& log) const;
   int64_t micro_batches() const;
+  // A step that the device may still be at.
+  struct LaunchedStep {
+    TrainerState before;
+    double lr = 0;
+    PendingNumbers numbers;
+  };
   Samples add_micro_batch();
-  std::string where_not_finite(const StepResult& result) const;
+  std::optional<LaunchedStep> launch_step();  // nothing if a signal asked to stop meanwhile
+  StepResult result_of(LaunchedStep& launched);
+  std::string where_not_finite(const StepResult& result, bool is_newest) const;
   std::string how_to_go_on() const;
   std::string device_name() const;
   int64_t peak_memory_bytes() const;
   std::optional<RunEnd> end() const;
   bool is_step_of(std::optional<int64_t> every) const;
-  void finish_step(const StepResult& result, ProgressMeter& meter, RunLog& log);
+  bool is_time_to_save() const;
+  bool is_work_due() const;  // on the weights as they are after the last launched step
+  StepRecord record_of(LaunchedStep& launched, ProgressMeter& meter);
+  void add_record(const StepRecord& record, bool is_logged, RunLog& log) const;
+  void log_step(LaunchedStep& launched, ProgressMeter& meter, RunLog& log);
+  void finish_step(LaunchedStep& launched, ProgressMeter& meter, RunLog& log);
   std::optional<double> validate();  // nothing if a signal asked to stop meanwhile
   void write_sample(const StepRecord& record, RunLog& log);
   // Throws std::runtime_error if the last update left a weight that is not finite.
