@@ -57,10 +57,10 @@ class CudaRuntime final : public ops::DeviceRuntime {
   ops::DeviceMemory memory() const override {
     const auto statistics = allocator::getDeviceStats(index_);
     constexpr auto kAll = static_cast<size_t>(c10::CachingAllocator::StatType::AGGREGATE);
-    return {.total_bytes =
-                static_cast<int64_t>(at::cuda::getDeviceProperties(index_)->totalGlobalMem),
-            .peak_tensor_bytes = statistics.allocated_bytes[kAll].peak,
-            .peak_reserved_bytes = statistics.reserved_bytes[kAll].peak};
+    return {
+        .total_bytes = static_cast<int64_t>(at::cuda::getDeviceProperties(index_)->totalGlobalMem),
+        .peak_tensor_bytes = statistics.allocated_bytes[kAll].peak,
+        .peak_reserved_bytes = statistics.reserved_bytes[kAll].peak};
   }
 
   void reset_memory() override {

@@ -9,6 +9,7 @@
 #include <c10/cuda/CUDAGuard.h>
 #include <c10/cuda/CUDAStream.h>
 #include <c10/util/StringUtil.h>
+
 #include <cuda_bf16.h>
 
 namespace rwkv {
@@ -18,12 +19,12 @@ namespace rwkv {
 void check_cuda(cudaError_t error, const std::string& what);
 
 // The same with the text put together only if it is needed.
-#define RWKV_CUDA_CHECK(error, ...)                     \
-  do {                                                  \
-    const cudaError_t rwkv_cuda_error = (error);        \
-    if (rwkv_cuda_error != cudaSuccess) {               \
+#define RWKV_CUDA_CHECK(error, ...)                               \
+  do {                                                            \
+    const cudaError_t rwkv_cuda_error = (error);                  \
+    if (rwkv_cuda_error != cudaSuccess) {                         \
       ::rwkv::check_cuda(rwkv_cuda_error, c10::str(__VA_ARGS__)); \
-    }                                                   \
+    }                                                             \
   } while (false)
 
 inline cudaStream_t current_stream() {

@@ -5,7 +5,6 @@
 // threads a block, as many blocks as it takes. The tail goes element by element.
 // Floor, bytes an element in bf16: gated_residual 8, backward 10, relu_squared 4, backward 6.
 #include "cuda/elementwise_kernel.h"
-
 #include "cuda/launch.h"
 #include "cuda/vector_io.cuh"
 
@@ -22,8 +21,7 @@ __device__ __forceinline__ float sigmoid(float x) {
 // Calls work(first, count) for this thread's elements.
 template <typename Work>
 __device__ __forceinline__ void for_own_elements(int64_t size, const Work& work) {
-  const int64_t first =
-      (static_cast<int64_t>(blockIdx.x) * kThreads + threadIdx.x) * kPerThread;
+  const int64_t first = (static_cast<int64_t>(blockIdx.x) * kThreads + threadIdx.x) * kPerThread;
   if (first < size) {
     work(first, size - first);
   }
@@ -89,8 +87,8 @@ __global__ void __launch_bounds__(kThreads)
 }
 
 template <typename Element>
-__global__ void __launch_bounds__(kThreads) relu_squared_kernel(Element* __restrict__ x,
-                                                                int64_t size) {
+__global__ void __launch_bounds__(kThreads)
+    relu_squared_kernel(Element* __restrict__ x, int64_t size) {
   for_own_elements(size, [&](int64_t first, int64_t count) {
     float x8[8];
     load_own(x + first, count, x8);
@@ -178,13 +176,13 @@ cudaError_t launch_relu_squared_backward(Element* h,
                    &relu_squared_backward_kernel<Element>, shape_of(size), stream, h, dh, size);
 }
 
-#define RWKV_INSTANTIATE(Element)                                                               \
-  template cudaError_t launch_gated_residual(                                                   \
-      const Element*, const Element*, const Element*, Element*, int64_t, cudaStream_t);         \
-  template cudaError_t launch_gated_residual_backward(                                          \
+#define RWKV_INSTANTIATE(Element)                                                                 \
+  template cudaError_t launch_gated_residual(                                                     \
+      const Element*, const Element*, const Element*, Element*, int64_t, cudaStream_t);           \
+  template cudaError_t launch_gated_residual_backward(                                            \
       const Element*, const Element*, const Element*, Element*, Element*, int64_t, cudaStream_t); \
-  template cudaError_t launch_relu_squared(Element*, int64_t, cudaStream_t);                    \
-  template cudaError_t launch_relu_squared_backward(                                            \
+  template cudaError_t launch_relu_squared(Element*, int64_t, cudaStream_t);                      \
+  template cudaError_t launch_relu_squared_backward(                                              \
       Element*, const Element*, int64_t, cudaStream_t);
 RWKV_INSTANTIATE(float)
 RWKV_INSTANTIATE(__nv_bfloat16)

@@ -149,10 +149,10 @@ __device__ __forceinline__ void mbarrier_arrive(uint64_t* barrier) {
 // Arrives, and has the phase wait for that many bytes more.
 __device__ __forceinline__ void mbarrier_arrive_expect(uint64_t* barrier, uint32_t bytes) {
 #if __CUDA_ARCH__ >= 900
-  asm volatile("mbarrier.arrive.expect_tx.shared::cta.b64 _, [%0], %1;" ::"r"(
-                   shared_address(barrier)),
-               "r"(bytes)
-               : "memory");
+  asm volatile(
+      "mbarrier.arrive.expect_tx.shared::cta.b64 _, [%0], %1;" ::"r"(shared_address(barrier)),
+      "r"(bytes)
+      : "memory");
 #endif
 }
 // Waits for the end of the phase of that parity: 0 for the first, 1 for the second, 0 for ...

@@ -11,8 +11,8 @@ namespace rwkv {
 struct LaunchShape {
   dim3 grid;
   dim3 block;
-  size_t shared_bytes = 0;   // of dynamic shared memory
-  unsigned cluster_x = 1;    // blocks along x that form a cluster; above 1 only on sm_90 and up
+  size_t shared_bytes = 0;  // of dynamic shared memory
+  unsigned cluster_x = 1;   // blocks along x that form a cluster; above 1 only on sm_90 and up
 };
 
 // Launches, and returns the launch's error. Shared memory beyond 48 KiB is asked for.
@@ -22,9 +22,8 @@ cudaError_t launch_kernel(void (*kernel)(Parameters...),
                           cudaStream_t stream,
                           Arguments&&... arguments) {
   if (shape.shared_bytes > 48 * 1024) {
-    const cudaError_t error = cudaFuncSetAttribute(kernel,
-                                                   cudaFuncAttributeMaxDynamicSharedMemorySize,
-                                                   static_cast<int>(shape.shared_bytes));
+    const cudaError_t error = cudaFuncSetAttribute(
+        kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, static_cast<int>(shape.shared_bytes));
     if (error != cudaSuccess) {
       return error;
     }

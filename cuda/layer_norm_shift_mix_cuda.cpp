@@ -114,8 +114,8 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor, at::Tensor> backward(
   const at::Tensor dweight_C = at::empty_like(weight_C), dbias_C = at::empty_like(bias_C);
   const at::Tensor dcarry_BC = at::empty_like(carry_BC), dmix_JC = at::empty_like(mix_JC);
   const LayerNormShiftMixSizes sizes = sizes_of(sum_BTC, mix_JC);
-  const at::Tensor scratch = at::empty({layer_norm_shift_mix_scratch_size(sizes)},
-                                       sum_BTC.options().dtype(at::kFloat));
+  const at::Tensor scratch =
+      at::empty({layer_norm_shift_mix_scratch_size(sizes)}, sum_BTC.options().dtype(at::kFloat));
   with_element("layer_norm_shift_mix backward", sum_BTC, [&](auto element) {
     using Element = decltype(element);
     LayerNormShiftMixBackward<Element> arguments{.sizes = sizes,

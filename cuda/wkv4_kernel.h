@@ -1,8 +1,8 @@
-// Launchers of wkv4 (model/ops/wkv4.h, which has the equations). Three kernels compute the same, each
-// the others' second opinion:
-//   kPlain        one thread per channel walks all of T                                     sm_80 up
-//   kChunkScan    tiles of tokens side by side, T cut into segments where that fills the GPU sm_80 up
-//   kClusterScan  the same with a cluster of blocks along T and bulk copies                  sm_90 up
+// Launchers of wkv4 (model/ops/wkv4.h, which has the equations). Three kernels compute the same,
+// each the others' second opinion:
+//   kPlain        one thread per channel walks all of T                                     sm_80
+//   up kChunkScan    tiles of tokens side by side, T cut into segments where that fills the GPU
+//   sm_80 up kClusterScan  the same with a cluster of blocks along T and bulk copies sm_90 up
 #pragma once
 
 #include <cstdint>
@@ -16,8 +16,8 @@ enum class Wkv4Kernel { kPlain, kChunkScan, kClusterScan };
 // Tokens between two states that forward saves for backward.
 constexpr int64_t kWkv4CarryTokens = 128;
 
-// What forward and backward share. All pointers are to device memory of contiguous tensors; `Element`
-// is float or __nv_bfloat16, arithmetic fp32. Outputs may not overlap inputs.
+// What forward and backward share. All pointers are to device memory of contiguous tensors;
+// `Element` is float or __nv_bfloat16, arithmetic fp32. Outputs may not overlap inputs.
 template <typename Element>
 struct Wkv4Inputs {
   int64_t batch_size = 0;
@@ -65,10 +65,10 @@ enum class Wkv4Pass { kForward, kBackward };
 int64_t wkv4_scratch_floats(
     Wkv4Kernel kernel, Wkv4Pass pass, int64_t batch_size, int64_t seq_len, int64_t dim_att);
 
-// T = 0 returns the state as it is (backward: dstate = dstate_out, other gradients zero); B or A = 0
-// launches nothing. Sums over B and T have a fixed order: two runs give the same bits. Returns the
-// launch's error; cudaErrorNotSupported if the kernel cannot do it: kClusterScan needs sm_90 and rows
-// of k, v, r and dy that are multiples of 16 bytes.
+// T = 0 returns the state as it is (backward: dstate = dstate_out, other gradients zero); B or A =
+// 0 launches nothing. Sums over B and T have a fixed order: two runs give the same bits. Returns
+// the launch's error; cudaErrorNotSupported if the kernel cannot do it: kClusterScan needs sm_90
+// and rows of k, v, r and dy that are multiples of 16 bytes.
 template <typename Element>
 cudaError_t launch_wkv4(Wkv4Kernel kernel, const Wkv4Forward<Element>& pass, cudaStream_t stream);
 template <typename Element>

@@ -36,7 +36,8 @@ void generate_text(RwkvModel model,
   const std::vector<int32_t> ids = encode_prompt(tokenizer, options.prompt);
   const auto end = tokenizer.end_of_document();
   at::Generator generator = at::make_generator<at::CPUGeneratorImpl>(options.seed);
-  const at::Tensor prompt_1T = at::tensor(ids, at::kInt).to(model->device(), at::kLong).unsqueeze(0);
+  const at::Tensor prompt_1T =
+      at::tensor(ids, at::kInt).to(model->device(), at::kLong).unsqueeze(0);
   auto output = model->forward_last(prompt_1T, model->initial_state(1));
   for (int64_t i = 0; i < options.length; ++i) {
     // A vocabulary padded beyond the tokenizer's has ids that stand for no text.

@@ -95,8 +95,7 @@ bool is_device_name(std::string_view name) {
   }
   const std::string_view number = name.substr(kCuda.size() + 1);
   int index = 0;
-  const auto [end, error] =
-      std::from_chars(number.data(), number.data() + number.size(), index);
+  const auto [end, error] = std::from_chars(number.data(), number.data() + number.size(), index);
   return error == std::errc{} && end == number.data() + number.size() && index >= 0;
 }
 
@@ -116,27 +115,27 @@ std::string why_not_usable(const GpuFacts& gpu, int index) {
            least + " or newer, or use \"cpu\"";
   }
   if (gpu.cuda_version != 0 && gpu.cuda_version < kLeastCudaVersion) {
-    return "the NVIDIA driver here is for CUDA " + as_version(gpu.cuda_version) +
-           ", expected " + least + " or newer; update it (580 or newer), or use \"cpu\"";
+    return "the NVIDIA driver here is for CUDA " + as_version(gpu.cuda_version) + ", expected " +
+           least + " or newer; update it (580 or newer), or use \"cpu\"";
   }
   if (!gpu.error.empty() || gpu.devices.empty()) {
     return "the NVIDIA driver finds no GPU" + (gpu.error.empty() ? "" : " (" + gpu.error + ")") +
            "; is one there, and may this process or container use it (nvidia-smi)? Or use \"cpu\"";
   }
   if (index >= static_cast<int>(gpu.devices.size())) {
-    return fmt::format("there is no GPU {}, only 0 to {}; name one of those",
-                       index,
-                       gpu.devices.size() - 1);
+    return fmt::format(
+        "there is no GPU {}, only 0 to {}; name one of those", index, gpu.devices.size() - 1);
   }
   const GpuDevice& device = gpu.devices[static_cast<size_t>(index)];
   if (device.capability_major < kLeastCapabilityMajor) {
-    return fmt::format("GPU {}, {}, has compute capability {}.{}, expected {}.0 (Ampere) or newer; "
-                       "use another, or \"cpu\"",
-                       index,
-                       device.name,
-                       device.capability_major,
-                       device.capability_minor,
-                       kLeastCapabilityMajor);
+    return fmt::format(
+        "GPU {}, {}, has compute capability {}.{}, expected {}.0 (Ampere) or newer; "
+        "use another, or \"cpu\"",
+        index,
+        device.name,
+        device.capability_major,
+        device.capability_minor,
+        kLeastCapabilityMajor);
   }
   return "";
 }

@@ -1,5 +1,5 @@
-// The NVIDIA GPUs of this machine, asked of the driver itself: no CUDA library is needed to say what
-// is there and why it cannot be used.
+// The NVIDIA GPUs of this machine, asked of the driver itself: no CUDA library is needed to say
+// what is there and why it cannot be used.
 #pragma once
 
 #include <cstdint>

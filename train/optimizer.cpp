@@ -236,10 +236,8 @@ double Optimizer::gradient_norm() const {
 std::string Optimizer::first_nonfinite_gradient() const {
   // Backward comes to the last tensor first, and hands what is bad on to all before it.
   const auto found = std::find_if(slots_.rbegin(), slots_.rend(), [&](const Slot& slot) {
-    return slot.trained && !view_of(stores_[slot.store].buffers.gradient, slot)
-                                .isfinite()
-                                .all()
-                                .item<bool>();
+    return slot.trained &&
+           !view_of(stores_[slot.store].buffers.gradient, slot).isfinite().all().item<bool>();
   });
   return found == slots_.rend() ? "" : found->name;
 }

@@ -3,8 +3,8 @@
 // Parameters that the model has in fp32 and those that it has in bf16 lie in a store each: buffers
 // of master weights, both moments and the gradient in one layout, sorted by what the update does to
 // the parameters (learning-rate factor, weight decay), each starting at a multiple of 16 elements,
-// so that a group is a range and the update is one pass. An fp32 parameter of the model is a view of
-// the master buffer; a bf16 one is a view of a bf16 buffer of the same layout, which the update
+// so that a group is a range and the update is one pass. An fp32 parameter of the model is a view
+// of the master buffer; a bf16 one is a view of a bf16 buffer of the same layout, which the update
 // writes in the same pass.
 //
 // A parameter's gradient moves into the flat buffer as soon as backward has it: the model's

@@ -83,10 +83,7 @@ ConfigSection train_section(TrainConfig& t) {
       {
           {"run_dir", &t.run_dir, "folder of checkpoints and metrics; required", kMayDiffer},
           {"device", &t.device, "cpu, cuda, or cuda:N for GPU N", kMayDiffer},
-          {"cuda_graph",
-           &t.cuda_graph,
-           "on a GPU, record the step once and replay it",
-           kMayDiffer},
+          {"cuda_graph", &t.cuda_graph, "on a GPU, record the step once and replay it", kMayDiffer},
           {"dtype",
            by_name<TrainDtype>(&t.dtype,
                                {{"fp32", TrainDtype::kFp32}, {"bf16", TrainDtype::kBf16}}),

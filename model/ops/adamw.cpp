@@ -71,9 +71,8 @@ void begin_adamw(at::Tensor& control,
                  const at::Tensor& sum_of_squares,
                  const at::Tensor& loss,
                  const AdamwSettings& settings) {
-  static const auto op =
-      find_op<void(at::Tensor&, const at::Tensor&, const at::Tensor&, double)>(
-          "rookery::begin_adamw");
+  static const auto op = find_op<void(at::Tensor&, const at::Tensor&, const at::Tensor&, double)>(
+      "rookery::begin_adamw");
   op.call(control, sum_of_squares, loss.to(at::kDouble), settings.clip_norm);
 }
 

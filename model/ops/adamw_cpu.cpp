@@ -32,8 +32,8 @@ struct Factors {
 // Pointers at a block's first element.
 template <typename Gradient>
 struct Buffers {
-  float* master;    // null: weights and low are it
-  Bf16* weights;    // may be null
+  float* master;  // null: weights and low are it
+  Bf16* weights;  // may be null
   int16_t* low;
   float* m;
   float* v;
@@ -181,19 +181,19 @@ void adamw_cpu(const std::optional<at::Tensor>& master,
       .keep = 1,
       .grad_scale = static_cast<float>(numbers[kControlClip])};
   const auto update_all = [&]<typename Gradient>(const Gradient*) {
-    update_groups(Buffers<Gradient>{.master = pointer<float>(master),
-                                    .weights = pointer<Bf16>(weights),
-                                    .low = pointer<int16_t>(low),
-                                    .m = m.mutable_data_ptr<float>(),
-                                    .v = v.mutable_data_ptr<float>(),
-                                    .gradient =
-                                        static_cast<const Gradient*>(gradient.const_data_ptr())},
-                  bounds,
-                  lr_scales,
-                  weight_decays,
-                  numbers[kControlLr],
-                  1 - std::pow(beta1, n),
-                  factors);
+    update_groups(
+        Buffers<Gradient>{.master = pointer<float>(master),
+                          .weights = pointer<Bf16>(weights),
+                          .low = pointer<int16_t>(low),
+                          .m = m.mutable_data_ptr<float>(),
+                          .v = v.mutable_data_ptr<float>(),
+                          .gradient = static_cast<const Gradient*>(gradient.const_data_ptr())},
+        bounds,
+        lr_scales,
+        weight_decays,
+        numbers[kControlLr],
+        1 - std::pow(beta1, n),
+        factors);
   };
   if (gradient.scalar_type() == at::kBFloat16) {
     update_all(static_cast<const Bf16*>(nullptr));

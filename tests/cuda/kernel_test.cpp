@@ -99,8 +99,8 @@ DeviceArray<Element>::~DeviceArray() {
   EXPECT_EQ(cudaMemcpy(copy.data(), memory_, bytes, cudaMemcpyDeviceToHost), cudaSuccess);
   for (size_t i = 0; i < kGuardBytes; ++i) {
     if (copy[i] != 0xff || copy[bytes - 1 - i] != 0xff) {
-      ADD_FAILURE() << "a kernel wrote " << (copy[i] != 0xff ? "before" : "behind") << " an array of "
-                    << size_;
+      ADD_FAILURE() << "a kernel wrote " << (copy[i] != 0xff ? "before" : "behind")
+                    << " an array of " << size_;
       break;
     }
   }
@@ -127,8 +127,7 @@ Numbers DeviceArray<Element>::numbers() const {
 
 testing::AssertionResult close(const Numbers& actual, const Numbers& expected, double relative) {
   if (actual.size() != expected.size()) {
-    return testing::AssertionFailure()
-           << actual.size() << " numbers, expected " << expected.size();
+    return testing::AssertionFailure() << actual.size() << " numbers, expected " << expected.size();
   }
   double difference = 0, norm = 0, worst = -1;
   size_t place = 0;
@@ -150,10 +149,9 @@ testing::AssertionResult close(const Numbers& actual, const Numbers& expected, d
   if (std::sqrt(difference) <= relative * std::sqrt(norm)) {
     return testing::AssertionSuccess();
   }
-  return testing::AssertionFailure()
-         << "relative L2 error " << std::sqrt(difference / norm) << ", allowed " << relative
-         << "; worst is number " << place << ": " << actual[place] << ", expected "
-         << expected[place];
+  return testing::AssertionFailure() << "relative L2 error " << std::sqrt(difference / norm)
+                                     << ", allowed " << relative << "; worst is number " << place
+                                     << ": " << actual[place] << ", expected " << expected[place];
 }
 
 void expect_launched(cudaError_t error, const char* what) {
@@ -171,8 +169,8 @@ Outputs same_in_every_order(const std::function<Outputs()>& work) {
     EXPECT_EQ(again.size(), first.size());
     for (size_t i = 0; i < first.size() && i < again.size(); ++i) {
       EXPECT_TRUE(again[i].size() == first[i].size() &&
-                  std::memcmp(
-                      again[i].data(), first[i].data(), first[i].size() * sizeof(double)) == 0)
+                  std::memcmp(again[i].data(), first[i].data(), first[i].size() * sizeof(double)) ==
+                      0)
           << "output " << i << " differs from run to run, lane order " << seed;
     }
   }

@@ -1,6 +1,6 @@
 // What the tests of kernels share. They are compiled twice: with the kernels on the host runner
-// (tests/support/host_device.h), which every push runs, and with those that nvcc made, for a machine
-// that has a GPU.
+// (tests/support/host_device.h), which every push runs, and with those that nvcc made, for a
+// machine that has a GPU.
 #pragma once
 
 #include <cstdint>
@@ -10,7 +10,6 @@
 
 #include <cuda_bf16.h>
 #include <cuda_runtime.h>
-
 #include <gtest/gtest.h>
 
 namespace rwkv::test {
@@ -49,8 +48,8 @@ class DeviceArray {
   Element* data_;
 };
 
-// Passes if no number is NaN where `expected` has none, and the L2 norm of the difference is at most
-// `relative` times that of `expected`; says the worst place otherwise.
+// Passes if no number is NaN where `expected` has none, and the L2 norm of the difference is at
+// most `relative` times that of `expected`; says the worst place otherwise.
 testing::AssertionResult close(const Numbers& actual, const Numbers& expected, double relative);
 
 // Fails the test if the launch did, naming it, or if the device reports an error after it.

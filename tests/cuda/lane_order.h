@@ -1,4 +1,5 @@
-// The order in which a kernel's lanes take turns: a choice of the host runner, none of a GPU's user.
+// The order in which a kernel's lanes take turns: a choice of the host runner, none of a GPU's
+// user.
 #pragma once
 
 #include <cstdint>

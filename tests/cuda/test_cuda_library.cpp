@@ -1,4 +1,5 @@
-// That librookery_cuda.so loads without a GPU and has a CUDA kernel for every op that a model needs.
+// That librookery_cuda.so loads without a GPU and has a CUDA kernel for every op that a model
+// needs.
 #include <cstdlib>
 
 #include <ATen/core/dispatch/Dispatcher.h>

@@ -1,8 +1,7 @@
 // gated_residual and relu_squared_ against their definitions in float64.
-#include "cuda/elementwise_kernel.h"
-
 #include <cmath>
 
+#include "cuda/elementwise_kernel.h"
 #include "tests/cuda/kernel_test.h"
 
 namespace rwkv::test {
@@ -26,7 +25,8 @@ double sigmoid(double x) {
 
 TYPED_TEST(ElementwiseKernel, GatedResidualMatchesTheDefinition) {
   for (const int64_t size : kSizes) {
-    const Numbers x = rounded<TypeParam>(normal(size, 1)), r = rounded<TypeParam>(normal(size, 2, 3)),
+    const Numbers x = rounded<TypeParam>(normal(size, 1)),
+                  r = rounded<TypeParam>(normal(size, 2, 3)),
                   y = rounded<TypeParam>(normal(size, 3));
     const auto outputs = same_in_every_order([&] {
       const DeviceArray<TypeParam> dx(x), dr(r), dy(y);
@@ -46,19 +46,16 @@ TYPED_TEST(ElementwiseKernel, GatedResidualMatchesTheDefinition) {
 
 TYPED_TEST(ElementwiseKernel, GatedResidualBackwardMatchesTheDefinition) {
   for (const int64_t size : kSizes) {
-    const Numbers r = rounded<TypeParam>(normal(size, 1, 3)), y = rounded<TypeParam>(normal(size, 2)),
+    const Numbers r = rounded<TypeParam>(normal(size, 1, 3)),
+                  y = rounded<TypeParam>(normal(size, 2)),
                   dout = rounded<TypeParam>(normal(size, 3));
     const auto outputs = same_in_every_order([&] {
       const DeviceArray<TypeParam> dev_r(r), dev_y(y), dev_dout(dout);
       DeviceArray<TypeParam> dr(size), dy(size);
-      expect_launched(launch_gated_residual_backward(dev_r.data(),
-                                                     dev_y.data(),
-                                                     dev_dout.data(),
-                                                     dr.data(),
-                                                     dy.data(),
-                                                     size,
-                                                     nullptr),
-                      "gated_residual backward");
+      expect_launched(
+          launch_gated_residual_backward(
+              dev_r.data(), dev_y.data(), dev_dout.data(), dr.data(), dy.data(), size, nullptr),
+          "gated_residual backward");
       return Outputs{dr.numbers(), dy.numbers()};
     });
     Numbers dr, dy;

@@ -24,9 +24,8 @@
 #include <type_traits>
 #include <utility>
 
-#include <cuda_runtime.h>
-
 #include <cuda_bf16.h>
+#include <cuda_runtime.h>
 
 #define RWKV_HOST_DEVICE 1
 
@@ -96,8 +95,8 @@ Value shuffle(uint32_t mask, Value value, uint32_t from) {
 }
 inline uint32_t lane() {
   const ThreadPlace& place = here();
-  return (place.thread.x + place.block_size.x * (place.thread.y + place.block_size.y *
-                                                                      place.thread.z)) %
+  return (place.thread.x +
+          place.block_size.x * (place.thread.y + place.block_size.y * place.thread.z)) %
          32;
 }
 

@@ -1,8 +1,8 @@
 // What is said of a GPU that cannot be used: one sentence with what to do.
-#include "train/gpu.h"
-
 #include <gmock/gmock.h>
 #include <gtest/gtest.h>
+
+#include "train/gpu.h"
 
 namespace rwkv {
 namespace {

@@ -137,8 +137,11 @@ TEST(Optimizer, MakesNoUpdateAfterALossOrGradientThatIsNotFinite) {
 TEST(SplitMaster, HoldsEveryFp32NumberAndRoundsToNearest) {
   at::Generator generator = at::make_generator<at::CPUGeneratorImpl>(uint64_t{3});
   // Random bits: numbers of every size, those too small to be normal among them.
-  at::Tensor bits = at::randint(
-      std::numeric_limits<int32_t>::min(), std::numeric_limits<int32_t>::max(), {100'003}, generator, at::kLong);
+  at::Tensor bits = at::randint(std::numeric_limits<int32_t>::min(),
+                                std::numeric_limits<int32_t>::max(),
+                                {100'003},
+                                generator,
+                                at::kLong);
   at::Tensor master = bits.to(at::kInt).view(at::kFloat);
   master = at::where(master.isfinite() & (master.abs() < 3e38), master, at::zeros_like(master));
   at::Tensor weights = at::empty_like(master, at::kBFloat16);

@@ -1,13 +1,12 @@
 // A step that is recorded and replayed, on a device of the test's own that is the CPU: what it
 // records does nothing until it is replayed, as on a GPU.
-#include "train/step_runner.h"
-
 #include <ATen/ATen.h>
 
 #include <gtest/gtest.h>
 
 #include "tests/support/tensors.h"
 #include "tests/support/test_data.h"
+#include "train/step_runner.h"
 
 namespace rwkv {
 namespace {

@@ -222,17 +222,18 @@ OpCase adamw_case(const StepShape& shape) {
   at::Tensor control = ops::make_adamw_control({});
   ops::begin_adamw(control, at::ones({}, at::kDouble), at::ones({}), {});
   control.select(0, ops::kControlLr).fill_(1e-4);
-  return {"adamw_",
-          {buffer(), buffer(), buffer(), buffer()},
-          [control, count](const Tensors& in) {
-            ops::AdamwBuffers buffers{
-                .master = in[0], .weights = {}, .low = {}, .m = in[1], .v = in[2], .gradient = in[3]};
-            ops::adamw_(buffers, {{.end = count, .weight_decay = 0.1}}, control, {});
-            return Tensors{};
-          },
-          &plain_adamw,
-          28.0 * static_cast<double>(count),
-          operand_bytes};
+  return {
+      "adamw_",
+      {buffer(), buffer(), buffer(), buffer()},
+      [control, count](const Tensors& in) {
+        ops::AdamwBuffers buffers{
+            .master = in[0], .weights = {}, .low = {}, .m = in[1], .v = in[2], .gradient = in[3]};
+        ops::adamw_(buffers, {{.end = count, .weight_decay = 0.1}}, control, {});
+        return Tensors{};
+      },
+      &plain_adamw,
+      28.0 * static_cast<double>(count),
+      operand_bytes};
 }
 
 OpCase few_rows_case(const StepShape& shape, at::ScalarType dtype) {

@@ -9,9 +9,9 @@
 
 #include "data/ngram_baseline.h"
 #include "model/formats/format_registry.h"
-#include "model/weights.h"
 #include "train/commands/commands.h"
 #include "train/commands/eval_output.h"
+#include "train/commands/model_options.h"
 #include "train/model_tokenizer.h"
 #include "train/run_folder.h"
 
@@ -60,7 +60,7 @@ cxxopts::Options describe_options() {
       "tokens predicted from an empty state; default: what the model was trained with, else 1024",
       cxxopts::value<int64_t>());
   add("batch-size", "windows at once", cxxopts::value<int64_t>()->default_value("8"));
-  add("dtype", "fp32 or bf16", cxxopts::value<std::string>()->default_value("fp32"));
+  add_model_options(add);
   add("json", "print one JSON object");
   return options;
 }
@@ -116,7 +116,6 @@ struct Evaluated {
 };
 
 Evaluated open(const cxxopts::ParseResult& parsed) {
-  const ComputeDtype dtype = parse_dtype(parsed["dtype"].as<std::string>());
   WeightFile file = read_weights(find_model(parsed["model"].as<std::string>()));
   const auto trained_as = config_in(file);
   EvaluateOptions options{
@@ -127,8 +126,7 @@ Evaluated open(const cxxopts::ParseResult& parsed) {
   if (options.ctx_len < 1 || options.batch_size < 1) {
     throw std::invalid_argument("--ctx-len and --batch-size must be 1 or more");
   }
-  RwkvModel model =
-      open_model(file.path, dtype == ComputeDtype::kBf16 ? at::kBFloat16 : at::kFloat);
+  RwkvModel model = open_model_with(parsed, file.path);
   return {.file = std::move(file),
           .model = std::move(model),
           .tokenizer_spec = given<std::string>(parsed, "tokenizer"),

@@ -4,8 +4,8 @@
 #include <ATen/ATen.h>
 
 #include "model/formats/format_registry.h"
-#include "model/weights.h"
 #include "train/commands/commands.h"
+#include "train/commands/model_options.h"
 #include "train/generate_text.h"
 #include "train/model_tokenizer.h"
 #include "train/run_folder.h"
@@ -38,7 +38,7 @@ int generate_command(int argc, char** argv) {
       cxxopts::value<double>()->default_value("0.9"));
   add("top-k", "and from this many at most; 0: all", cxxopts::value<int64_t>()->default_value("0"));
   add("seed", "the same seed gives the same text", cxxopts::value<uint64_t>()->default_value("1"));
-  add("dtype", "fp32 or bf16", cxxopts::value<std::string>()->default_value("fp32"));
+  add_model_options(add);
   const auto parsed = parse_options(options, argc, argv, kExample, {"model"});
   if (!parsed) {
     return 0;
@@ -51,14 +51,12 @@ int generate_command(int argc, char** argv) {
   if (length < 0) {
     throw std::invalid_argument("--length " + std::to_string(length) + ": must be 0 or more");
   }
-  const ComputeDtype dtype = parse_dtype((*parsed)["dtype"].as<std::string>());
   const std::string path = find_model((*parsed)["model"].as<std::string>());
   const auto spec = parsed->count("tokenizer") > 0
                         ? std::optional((*parsed)["tokenizer"].as<std::string>())
                         : std::nullopt;
   const auto tokenizer = open_tokenizer_of(read_weights(path), spec);
-  const RwkvModel model =
-      open_model(path, dtype == ComputeDtype::kBf16 ? at::kBFloat16 : at::kFloat);
+  const RwkvModel model = open_model_with(*parsed, path);
 
   const std::string prompt = (*parsed)["prompt"].as<std::string>();
   bool begun = false;

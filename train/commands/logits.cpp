@@ -11,6 +11,7 @@
 #include "model/weights.h"
 #include "train/checkpoint.h"
 #include "train/commands/commands.h"
+#include "train/commands/model_options.h"
 
 namespace rwkv {
 namespace {
@@ -76,7 +77,7 @@ int logits_command(int argc, char** argv) {
       cxxopts::value<std::string>()->default_value("parallel"));
   add("all", "every position's, as \"logits\" [T, V] in --output");
   add("output", "a .safetensors file, with --all", cxxopts::value<std::string>());
-  add("dtype", "fp32 or bf16", cxxopts::value<std::string>()->default_value("fp32"));
+  add_model_options(add);
   const auto parsed = parse_options(options, argc, argv, kExample, {"model", "tokens"});
   if (!parsed) {
     return 0;
@@ -90,15 +91,13 @@ int logits_command(int argc, char** argv) {
     throw std::invalid_argument(
         "--all and --output go together; for example: --all --output a.safetensors");
   }
-  const ComputeDtype dtype = parse_dtype((*parsed)["dtype"].as<std::string>());
   const auto tokens = parse_tokens((*parsed)["tokens"].as<std::string>());
   const at::NoGradGuard no_grad;
-  RwkvModel model = open_model(find_model((*parsed)["model"].as<std::string>()),
-                               dtype == ComputeDtype::kBf16 ? at::kBFloat16 : at::kFloat);
+  RwkvModel model = open_model_with(*parsed, find_model((*parsed)["model"].as<std::string>()));
   check_tokens(tokens, model->config().vocab_size);
   const at::Tensor logits_TV =
-      all_logits(model, at::tensor(tokens).unsqueeze(0), mode == "recurrent")
-          .to(at::kFloat)
+      all_logits(model, at::tensor(tokens).to(model->device()).unsqueeze(0), mode == "recurrent")
+          .to(at::kCPU, at::kFloat)
           .contiguous();
   if (all) {
     const NamedTensors tensors{{"logits", logits_TV}};

@@ -1,0 +1,21 @@
+// Options of the commands that run a model: in which numbers, and where.
+#pragma once
+
+#include <string>
+
+#include "model/rwkv_model.h"
+#include "train/commands/commands.h"
+
+namespace rwkv {
+
+// Adds --dtype and --device.
+void add_model_options(cxxopts::OptionAdder& add);
+
+// The model of the file at `path`, as those options say. Throws as open_model() and open_device()
+// do, and std::invalid_argument naming an option with a value that is none.
+RwkvModel open_model_with(const cxxopts::ParseResult& parsed, const std::string& path);
+
+// The value of --device: "cpu", "cuda" or "cuda:N".
+std::string device_option(const cxxopts::ParseResult& parsed);
+
+}  // namespace rwkv
