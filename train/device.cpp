@@ -38,21 +38,20 @@ CudaRuntime load_cuda_library() {
 
 }  // namespace
 
-OpenDevice open_device(const std::string& asked_by, const std::string& name) {
+OpenDevice open_device(const std::string& name, const std::string& asked_as) {
   if (name == "cpu") {
     return {};
   }
   const int index = cuda_index(name);
-  const std::string prefix = asked_by + " = \"" + name + "\": ";
   if (const std::string reason = why_not_usable(find_gpus(), index); !reason.empty()) {
-    throw std::runtime_error(prefix + reason);
+    throw std::runtime_error(asked_as + ": " + reason);
   }
   try {
     static const CudaRuntime open = load_cuda_library();
     ops::DeviceRuntime* const runtime = open(index);
     return {.device = runtime->device(), .runtime = runtime};
   } catch (const std::runtime_error& error) {
-    throw std::runtime_error(prefix + error.what());
+    throw std::runtime_error(asked_as + ": " + error.what());
   }
 }
 

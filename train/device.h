@@ -15,9 +15,9 @@ struct OpenDevice {
 };
 
 // Loads what the device needs: for CUDA librookery_cuda.so, which lies beside this library, and
-// with it LibTorch's CUDA half. Throws std::runtime_error, a sentence that starts with `asked_by`
-// (such as "train.device") and the name and says what to do, if the driver, a GPU or the library is
-// missing or too old. One CUDA device a process.
-OpenDevice open_device(const std::string& asked_by, const std::string& name);
+// with it LibTorch's CUDA half. Throws std::runtime_error, a sentence that starts with `asked_as`
+// (such as "--device cuda") and says what to do, if the driver, a GPU or the library is missing or
+// too old. One CUDA device a process.
+OpenDevice open_device(const std::string& name, const std::string& asked_as);
 
 }  // namespace rwkv

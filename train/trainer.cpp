@@ -144,7 +144,8 @@ Trainer::Trainer(const RunConfig& config, Purpose purpose, std::optional<int64_t
   }
   // Not LibTorch's default: that follows environment variables, and equal bits need equal numbers.
   at::set_num_threads(static_cast<int>(config_.train.threads.value_or(describe_machine().cores)));
-  device_ = open_device("train.device", config_.train.device);
+  device_ = open_device(config_.train.device,
+                        "train.device = " + to_config_text(std::string_view(config_.train.device)));
   if (purpose == Purpose::kTrain) {
     lock_.emplace(config_.train.run_dir);
     require_writable_checkpoints(config_.train.run_dir);

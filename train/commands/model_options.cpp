@@ -3,7 +3,6 @@
 #include <stdexcept>
 
 #include "model/weights.h"
-#include "train/device.h"
 #include "train/gpu.h"
 
 namespace rwkv {
@@ -15,18 +14,18 @@ void add_model_options(cxxopts::OptionAdder& add) {
       cxxopts::value<std::string>()->default_value("cpu"));
 }
 
-std::string device_option(const cxxopts::ParseResult& parsed) {
+OpenDevice open_device_option(const cxxopts::ParseResult& parsed) {
   const std::string name = parsed["device"].as<std::string>();
   if (!is_device_name(name)) {
     throw std::invalid_argument("--device " + name +
                                 ": expected cpu, cuda, or cuda:1 for the second GPU");
   }
-  return name;
+  return open_device(name, "--device " + name);
 }
 
 RwkvModel open_model_with(const cxxopts::ParseResult& parsed, const std::string& path) {
   const ComputeDtype dtype = parse_dtype(parsed["dtype"].as<std::string>());
-  const OpenDevice device = open_device("--device", device_option(parsed));
+  const OpenDevice device = open_device_option(parsed);
   RwkvModel model = open_model(path, dtype == ComputeDtype::kBf16 ? at::kBFloat16 : at::kFloat);
   model->to(device.device);
   return model;

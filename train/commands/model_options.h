@@ -5,6 +5,7 @@
 
 #include "model/rwkv_model.h"
 #include "train/commands/commands.h"
+#include "train/device.h"
 
 namespace rwkv {
 
@@ -15,7 +16,7 @@ void add_model_options(cxxopts::OptionAdder& add);
 // do, and std::invalid_argument naming an option with a value that is none.
 RwkvModel open_model_with(const cxxopts::ParseResult& parsed, const std::string& path);
 
-// The value of --device: "cpu", "cuda" or "cuda:N".
-std::string device_option(const cxxopts::ParseResult& parsed);
+// What --device says.
+OpenDevice open_device_option(const cxxopts::ParseResult& parsed);
 
 }  // namespace rwkv
