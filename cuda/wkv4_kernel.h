@@ -13,8 +13,12 @@ namespace rwkv {
 
 enum class Wkv4Kernel { kPlain, kChunkScan, kClusterScan };
 
-// Tokens between two states that forward saves for backward.
+// Tokens between two states that forward saves for backward, and the number of them in a row: those
+// before tokens 0, 128, 256 ... and the one after the last token.
 constexpr int64_t kWkv4CarryTokens = 128;
+constexpr int64_t wkv4_num_carries(int64_t seq_len) {
+  return (seq_len + kWkv4CarryTokens - 1) / kWkv4CarryTokens + 1;
+}
 
 // What forward and backward share. All pointers are to device memory of contiguous tensors;
 // `Element` is float or __nv_bfloat16, arithmetic fp32. Outputs may not overlap inputs.
@@ -38,9 +42,10 @@ struct Wkv4Forward {
   Wkv4Inputs<Element> in;
   Element* y = nullptr;        // [B, T, A]; o where there is a gate
   float* state_out = nullptr;  // [B, 3, A]
-  // The state before tokens 0, 128, 256 ..., [B, ceil(T / 128), 3, A], as a, b, p with
-  // A = a 2^p, B = b 2^p: any kernel's forward may be followed by any kernel's backward. Null: not
-  // wanted.
+  // [B, wkv4_num_carries(T), 3, A], as a, b, p with A = a 2^p, B = b 2^p: any kernel's forward may
+  // be followed by any kernel's backward, which applies a start at the carry's own token. The last
+  // is state_out with p in base 2: dstate_out is in units of that p, and each kernel has its own
+  // way to choose p. Null: not wanted.
   float* carries = nullptr;
   float* scratch = nullptr;  // wkv4_scratch_floats(..., kForward) numbers
 };

@@ -512,6 +512,25 @@ cudaError_t cudaMemcpy(void* to, const void* from, size_t bytes, cudaMemcpyKind)
   }
   return cudaSuccess;
 }
+cudaError_t cudaMemcpyAsync(
+    void* to, const void* from, size_t bytes, cudaMemcpyKind kind, cudaStream_t) {
+  return cudaMemcpy(to, from, bytes, kind);
+}
+cudaError_t cudaMemcpy2DAsync(void* to,
+                              size_t to_pitch,
+                              const void* from,
+                              size_t from_pitch,
+                              size_t row_bytes,
+                              size_t rows,
+                              cudaMemcpyKind,
+                              cudaStream_t) {
+  for (size_t row = 0; row < rows; ++row) {
+    std::memcpy(static_cast<char*>(to) + row * to_pitch,
+                static_cast<const char*>(from) + row * from_pitch,
+                row_bytes);
+  }
+  return cudaSuccess;
+}
 cudaError_t cudaMemset(void* pointer, int value, size_t bytes) {
   std::memset(pointer, value, bytes);
   return cudaSuccess;
