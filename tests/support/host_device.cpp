@@ -492,8 +492,7 @@ void bulk_copy(void* shared, const void* global, uint32_t bytes, uint64_t* barri
 
 }  // namespace rwkv::host_device
 
-// ---- The part of the CUDA runtime that launchers and tests call
-// ----------------------------------
+// ---- The part of the CUDA runtime that launchers and tests call ----------------------------------
 
 // A few, so that the launchers' loops over a small grid take several turns.
 constexpr int kMultiprocessors = 3;
@@ -507,6 +506,7 @@ cudaError_t cudaFree(void* pointer) {
   return cudaSuccess;
 }
 cudaError_t cudaMemcpy(void* to, const void* from, size_t bytes, cudaMemcpyKind) {
+  // Of no bytes the pointers may be null, which memcpy does not allow.
   if (bytes > 0) {
     std::memcpy(to, from, bytes);
   }
