@@ -13,9 +13,6 @@ namespace {
 using torch::autograd::AutogradContext;
 using torch::autograd::tensor_list;
 
-// Stands for the logarithm of zero; minus infinity would make inf - inf.
-constexpr double kLogOfNothing = -1e38;
-
 void check_shapes(const at::Tensor& w_log_A,
                   const at::Tensor& k_BTA,
                   const at::Tensor& v_BTA,
@@ -56,6 +53,17 @@ void check_shapes(const at::Tensor& w_log_A,
               k_BTA.sizes());
 }
 
+void check_starts(const at::Tensor& starts_BT, const at::Tensor& k_BTA) {
+  TORCH_CHECK(!starts_BT.defined() || (starts_BT.sizes() == k_BTA.sizes().slice(0, 2) &&
+                                       starts_BT.scalar_type() == at::kBool),
+              "wkv4: starts_BT is ",
+              starts_BT.scalar_type(),
+              " ",
+              starts_BT.sizes(),
+              ", expected Bool [B, T] for k_BTA ",
+              k_BTA.sizes());
+}
+
 void check_dtypes(const at::Tensor& w_log_A,
                   const at::Tensor& k_BTA,
                   const at::Tensor& v_BTA,
@@ -93,6 +101,28 @@ std::optional<at::Tensor> optional(const at::Tensor& tensor) {
   return tensor.defined() ? std::optional(tensor.contiguous()) : std::nullopt;
 }
 
+// y, the state after the last token, and what the device's backward wants of forward.
+using ForwardResult = std::tuple<at::Tensor, at::Tensor, at::Tensor>;
+
+ForwardResult call_forward(const at::Tensor& w_log_A,
+                           const at::Tensor& k_BTA,
+                           const at::Tensor& v_BTA,
+                           const at::Tensor& u_A,
+                           const at::Tensor& state_B3A,
+                           const std::optional<at::Tensor>& r_BTA,
+                           const std::optional<at::Tensor>& starts_BT) {
+  static const auto op = c10::Dispatcher::singleton()
+                             .findSchemaOrThrow("rookery::wkv4", "")
+                             .typed<ForwardResult(const at::Tensor&,
+                                                  const at::Tensor&,
+                                                  const at::Tensor&,
+                                                  const at::Tensor&,
+                                                  const at::Tensor&,
+                                                  const std::optional<at::Tensor>&,
+                                                  const std::optional<at::Tensor>&)>();
+  return op.call(w_log_A, k_BTA, v_BTA, u_A, state_B3A, r_BTA, starts_BT);
+}
+
 struct Wkv4Function : torch::autograd::Function<Wkv4Function> {
   static tensor_list forward(AutogradContext* context,
                              const at::Tensor& w_log_A,
@@ -100,13 +130,22 @@ struct Wkv4Function : torch::autograd::Function<Wkv4Function> {
                              const at::Tensor& v_BTA,
                              const at::Tensor& u_A,
                              const at::Tensor& state_B3A,
-                             const std::optional<at::Tensor>& gate_BTA) {
+                             const std::optional<at::Tensor>& r_BTA,
+                             const std::optional<at::Tensor>& starts_BT) {
     const at::AutoDispatchBelowAutograd below;
-    const at::Tensor r_BTA = gate_BTA.value_or(at::Tensor());
-    context->save_for_backward({w_log_A, k_BTA, v_BTA, u_A, state_B3A, r_BTA});
+    auto [y_BTA, state_out_B3A, carries] =
+        call_forward(w_log_A, k_BTA, v_BTA, u_A, state_B3A, r_BTA, starts_BT);
+    context->save_for_backward({w_log_A,
+                                k_BTA,
+                                v_BTA,
+                                u_A,
+                                state_B3A,
+                                r_BTA.value_or(at::Tensor()),
+                                starts_BT.value_or(at::Tensor()),
+                                carries});
+    context->mark_non_differentiable({carries});
     context->set_materialize_grads(false);
-    const Wkv4Output output = wkv4(w_log_A, k_BTA, v_BTA, u_A, state_B3A, r_BTA);
-    return {output.y_BTA, output.state_B3A};
+    return {y_BTA, state_out_B3A, carries};
   }
 
   static tensor_list backward(AutogradContext* context, tensor_list grads) {
@@ -118,38 +157,49 @@ struct Wkv4Function : torch::autograd::Function<Wkv4Function> {
                             const at::Tensor&,
                             const at::Tensor&,
                             const std::optional<at::Tensor>&,
+                            const std::optional<at::Tensor>&,
                             const at::Tensor&,
-                            const at::Tensor&);
+                            const at::Tensor&,
+                            const std::optional<at::Tensor>&);
     static const auto op = c10::Dispatcher::singleton()
                                .findSchemaOrThrow("rookery::wkv4_backward", "")
                                .typed<Backward>();
     const auto saved = context->get_saved_variables();
     const at::Tensor dy_BTA = grads[0].defined() ? grads[0].contiguous() : at::zeros_like(saved[1]);
-    const at::Tensor dstate_B3A =
-        grads[1].defined() ? grads[1].contiguous() : at::zeros_like(saved[4]);
-    auto [dw_A, dk_BTA, dv_BTA, du_A, dstate_in_B3A, dr_BTA] = op.call(
-        saved[0], saved[1], saved[2], saved[3], saved[4], optional(saved[5]), dy_BTA, dstate_B3A);
-    return {dw_A, dk_BTA, dv_BTA, du_A, dstate_in_B3A, dr_BTA};
+    auto [dw_A, dk_BTA, dv_BTA, du_A, dstate_in_B3A, dr_BTA] = op.call(saved[0],
+                                                                       saved[1],
+                                                                       saved[2],
+                                                                       saved[3],
+                                                                       saved[4],
+                                                                       optional(saved[5]),
+                                                                       optional(saved[6]),
+                                                                       saved[7],
+                                                                       dy_BTA,
+                                                                       optional(grads[1]));
+    return {dw_A, dk_BTA, dv_BTA, du_A, dstate_in_B3A, dr_BTA, at::Tensor()};
   }
 };
 
-std::tuple<at::Tensor, at::Tensor> wkv4_autograd(const at::Tensor& w_log_A,
-                                                 const at::Tensor& k_BTA,
-                                                 const at::Tensor& v_BTA,
-                                                 const at::Tensor& u_A,
-                                                 const at::Tensor& state_B3A,
-                                                 const std::optional<at::Tensor>& r_BTA) {
-  const tensor_list output = Wkv4Function::apply(w_log_A, k_BTA, v_BTA, u_A, state_B3A, r_BTA);
-  return {output[0], output[1]};
+ForwardResult wkv4_autograd(const at::Tensor& w_log_A,
+                            const at::Tensor& k_BTA,
+                            const at::Tensor& v_BTA,
+                            const at::Tensor& u_A,
+                            const at::Tensor& state_B3A,
+                            const std::optional<at::Tensor>& r_BTA,
+                            const std::optional<at::Tensor>& starts_BT) {
+  const tensor_list output =
+      Wkv4Function::apply(w_log_A, k_BTA, v_BTA, u_A, state_B3A, r_BTA, starts_BT);
+  return {output[0], output[1], output[2]};
 }
 
 TORCH_LIBRARY_FRAGMENT(rookery, library) {
   library.def(
-      "wkv4(Tensor w_log, Tensor k, Tensor v, Tensor u, Tensor state, Tensor? r) -> (Tensor, "
-      "Tensor)");
+      "wkv4(Tensor w_log, Tensor k, Tensor v, Tensor u, Tensor state, Tensor? r, Tensor? starts) "
+      "-> (Tensor, Tensor, Tensor)");
   library.def(
-      "wkv4_backward(Tensor w_log, Tensor k, Tensor v, Tensor u, Tensor state, Tensor? r, Tensor "
-      "dy, Tensor dstate_out) -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)");
+      "wkv4_backward(Tensor w_log, Tensor k, Tensor v, Tensor u, Tensor state, Tensor? r, "
+      "Tensor? starts, Tensor carries, Tensor dy, Tensor? dstate_out) -> (Tensor, Tensor, Tensor, "
+      "Tensor, Tensor, Tensor)");
 }
 
 TORCH_LIBRARY_IMPL(rookery, Autograd, library) {
@@ -163,23 +213,18 @@ Wkv4Output wkv4(const at::Tensor& w_log_A,
                 const at::Tensor& v_BTA,
                 const at::Tensor& u_A,
                 const at::Tensor& state_B3A,
-                const at::Tensor& r_BTA) {
-  using Forward = std::tuple<at::Tensor, at::Tensor>(const at::Tensor&,
-                                                     const at::Tensor&,
-                                                     const at::Tensor&,
-                                                     const at::Tensor&,
-                                                     const at::Tensor&,
-                                                     const std::optional<at::Tensor>&);
-  static const auto op =
-      c10::Dispatcher::singleton().findSchemaOrThrow("rookery::wkv4", "").typed<Forward>();
+                const at::Tensor& r_BTA,
+                const at::Tensor& starts_BT) {
   check_shapes(w_log_A, k_BTA, v_BTA, u_A, state_B3A, r_BTA);
   check_dtypes(w_log_A, k_BTA, v_BTA, u_A, state_B3A, r_BTA);
-  auto [y_BTA, state_out_B3A] = op.call(w_log_A.contiguous(),
-                                        k_BTA.contiguous(),
-                                        v_BTA.contiguous(),
-                                        u_A.contiguous(),
-                                        state_B3A.contiguous(),
-                                        optional(r_BTA));
+  check_starts(starts_BT, k_BTA);
+  auto [y_BTA, state_out_B3A, carries] = call_forward(w_log_A.contiguous(),
+                                                      k_BTA.contiguous(),
+                                                      v_BTA.contiguous(),
+                                                      u_A.contiguous(),
+                                                      state_B3A.contiguous(),
+                                                      optional(r_BTA),
+                                                      optional(starts_BT));
   return {y_BTA, state_out_B3A};
 }
 

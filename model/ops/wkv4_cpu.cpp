@@ -2,6 +2,7 @@
 // arithmetic is fp32 (fp64 for fp64 inputs). Per token and channel: forward two exponentials and a
 // division, backward six and one; a gate adds one and one to each. `rookery bench ops` times it.
 #include <optional>
+#include <type_traits>
 #include <vector>
 
 #include <ATen/ATen.h>
@@ -29,6 +30,13 @@ template <typename Vector>
 struct Carry {
   Vector a, b, p;
 };
+
+// The state before a document's first token.
+template <typename Vector>
+RWKV_INLINE Carry<Vector> nothing() {
+  using Scalar = std::remove_reference_t<decltype(Vector{}[0])>;
+  return {Vector{}, Vector{}, Vector{} + static_cast<Scalar>(kLogOfNothing)};
+}
 
 // Weights of two terms with exponents x and y, scaled by the larger: one exponential serves both.
 template <typename Vector>
@@ -67,6 +75,10 @@ RWKV_INLINE void advance(Carry<Vector>& carry, Vector w_log, Vector k, Vector v)
   carry.p = weights.max;
 }
 
+RWKV_INLINE bool is_start(const bool* starts, int64_t t) {
+  return starts != nullptr && starts[t];
+}
+
 // One batch row, `count` channels. Pointers are at the row's first token and channel.
 template <typename Element, typename Scalar>
 struct ForwardRow {
@@ -74,7 +86,8 @@ struct ForwardRow {
   const Scalar* u;
   const Element* k;
   const Element* v;
-  const Element* r;  // null without gate
+  const Element* r;    // null without gate
+  const bool* starts;  // null without
   const Scalar* state_in;
   Element* y;
   Scalar* state_out;
@@ -90,6 +103,9 @@ RWKV_INLINE void forward_body(const ForwardRow<Element, Scalar>& row, Sizes size
                       load_lanes(row.state_in + stride, count),
                       load_lanes(row.state_in + 2 * stride, count)};
   for (int64_t t = 0; t < sizes.seq_len; ++t) {
+    if (is_start(row.starts, t)) {
+      carry = nothing<Vector>();
+    }
     const Vector k = load_lanes(row.k + t * stride, count);
     const Vector v = load_lanes(row.v + t * stride, count);
     const Weights<Vector> weights = scaled_weights(carry.p, u + k);
@@ -111,11 +127,12 @@ struct BackwardRow {
   const Scalar* u;
   const Element* k;
   const Element* v;
-  const Element* r;  // null without gate
+  const Element* r;    // null without gate
+  const bool* starts;  // null without
   const Scalar* state_in;
   const Element* dy;
-  const Scalar* dstate_out;
-  Scalar* dw_log;  // of this batch row alone
+  const Scalar* dstate_out;  // null for zeros
+  Scalar* dw_log;            // of this batch row alone
   Scalar* du;
   Element* dk;
   Element* dv;
@@ -138,8 +155,11 @@ RWKV_INLINE void backward_body(const BackwardRow<Element, Scalar>& row,
   Carry<Vector> carry{load_lanes(row.state_in, count),
                       load_lanes(row.state_in + stride, count),
                       load_lanes(row.state_in + 2 * stride, count)};
-  const Vector p_in = carry.p;
+  const Vector p_in = is_start(row.starts, 0) ? nothing<Vector>().p : carry.p;
   for (int64_t t = 0; t < seq_len; ++t) {
+    if (is_start(row.starts, t)) {
+      carry = nothing<Vector>();
+    }
     if (t % kChunkLen == 0) {
       keep(carry, chunk_starts + t / kChunkLen * kCarrySize);
     }
@@ -148,8 +168,12 @@ RWKV_INLINE void backward_body(const BackwardRow<Element, Scalar>& row,
   }
 
   // Adjoints al = alpha e^o and be = beta e^o; the gradient of the final state starts them.
-  Vector alpha = load_lanes(row.dstate_out, count);
-  Vector beta = -load_lanes(row.dstate_out + stride, count);
+  Vector alpha = Vector{};
+  Vector beta = Vector{};
+  if (row.dstate_out != nullptr) {
+    alpha = load_lanes(row.dstate_out, count);
+    beta = -load_lanes(row.dstate_out + stride, count);
+  }
   Vector o = -carry.p;
   Vector dw_log = Vector{};
   Vector du = Vector{};
@@ -160,6 +184,9 @@ RWKV_INLINE void backward_body(const BackwardRow<Element, Scalar>& row,
     const int64_t end = begin + kChunkLen < seq_len ? begin + kChunkLen : seq_len;
     carry = kept(chunk_starts + chunk * kCarrySize);
     for (int64_t t = begin; t < end; ++t) {
+      if (is_start(row.starts, t)) {
+        carry = nothing<Vector>();
+      }
       before[t - begin] = carry;
       advance(carry,
               w_log,
@@ -192,6 +219,10 @@ RWKV_INLINE void backward_body(const BackwardRow<Element, Scalar>& row,
       alpha = back.x * alpha + back.y * s;
       beta = back.x * beta + back.y * s * y;
       o = back.max;
+      if (is_start(row.starts, t)) {
+        alpha = beta = Vector{};
+        o = nothing<Vector>().p;
+      }
     }
   }
   const Vector scale = exp_lanes(p_in + o);
@@ -236,6 +267,7 @@ void forward(const at::Tensor& w_log_A,
              const at::Tensor& u_A,
              const at::Tensor& state_B3A,
              const std::optional<at::Tensor>& r_BTA,
+             const std::optional<at::Tensor>& starts_BT,
              const at::Tensor& y_BTA,
              const at::Tensor& state_out_B3A) {
   using Scalar = typename VectorOf<Element>::Scalar;
@@ -245,22 +277,25 @@ void forward(const at::Tensor& w_log_A,
   const auto* k = static_cast<const Element*>(k_BTA.const_data_ptr());
   const auto* v = static_cast<const Element*>(v_BTA.const_data_ptr());
   const auto* r = r_BTA ? static_cast<const Element*>(r_BTA->const_data_ptr()) : nullptr;
+  const auto* starts = starts_BT ? starts_BT->const_data_ptr<bool>() : nullptr;
   const auto* state_in = static_cast<const Scalar*>(state_B3A.const_data_ptr());
   auto* y = static_cast<Element*>(y_BTA.mutable_data_ptr());
   auto* state_out = static_cast<Scalar*>(state_out_B3A.mutable_data_ptr());
   for_each_row<Element>(k_BTA.size(0), sizes.dim_att, [&](int64_t b, int64_t c, int64_t count) {
     const int64_t at = b * sizes.seq_len * sizes.dim_att + c;
     const int64_t state_at = b * 3 * sizes.dim_att + c;
-    wkv4_forward_kernel(ForwardRow<Element, Scalar>{w_log + c,
-                                                    u + c,
-                                                    k + at,
-                                                    v + at,
-                                                    r == nullptr ? nullptr : r + at,
-                                                    state_in + state_at,
-                                                    y + at,
-                                                    state_out + state_at},
-                        sizes,
-                        count);
+    wkv4_forward_kernel(
+        ForwardRow<Element, Scalar>{w_log + c,
+                                    u + c,
+                                    k + at,
+                                    v + at,
+                                    r == nullptr ? nullptr : r + at,
+                                    starts == nullptr ? nullptr : starts + b * sizes.seq_len,
+                                    state_in + state_at,
+                                    y + at,
+                                    state_out + state_at},
+        sizes,
+        count);
   });
 }
 
@@ -276,8 +311,9 @@ void backward(const at::Tensor& w_log_A,
               const at::Tensor& u_A,
               const at::Tensor& state_B3A,
               const std::optional<at::Tensor>& r_BTA,
+              const std::optional<at::Tensor>& starts_BT,
               const at::Tensor& dy_BTA,
-              const at::Tensor& dstate_out_B3A,
+              const std::optional<at::Tensor>& dstate_out_B3A,
               const Gradients& out) {
   using Scalar = typename VectorOf<Element>::Scalar;
   const Sizes sizes{k_BTA.size(1), k_BTA.size(2)};
@@ -287,9 +323,11 @@ void backward(const at::Tensor& w_log_A,
   const auto* v = static_cast<const Element*>(v_BTA.const_data_ptr());
   const auto* r = r_BTA ? static_cast<const Element*>(r_BTA->const_data_ptr()) : nullptr;
   auto* dr = r_BTA ? static_cast<Element*>(out.dr_BTA.mutable_data_ptr()) : nullptr;
+  const auto* starts = starts_BT ? starts_BT->const_data_ptr<bool>() : nullptr;
   const auto* state_in = static_cast<const Scalar*>(state_B3A.const_data_ptr());
   const auto* dy = static_cast<const Element*>(dy_BTA.const_data_ptr());
-  const auto* dstate_out = static_cast<const Scalar*>(dstate_out_B3A.const_data_ptr());
+  const auto* dstate_out =
+      dstate_out_B3A ? static_cast<const Scalar*>(dstate_out_B3A->const_data_ptr()) : nullptr;
   auto* dw_log = static_cast<Scalar*>(out.dw_log_BA.mutable_data_ptr());
   auto* du = static_cast<Scalar*>(out.du_BA.mutable_data_ptr());
   auto* dk = static_cast<Element*>(out.dk_BTA.mutable_data_ptr());
@@ -302,39 +340,45 @@ void backward(const at::Tensor& w_log_A,
     const int64_t at = b * sizes.seq_len * sizes.dim_att + c;
     const int64_t state_at = b * 3 * sizes.dim_att + c;
     const int64_t sum_at = b * sizes.dim_att + c;
-    wkv4_backward_kernel(BackwardRow<Element, Scalar>{w_log + c,
-                                                      u + c,
-                                                      k + at,
-                                                      v + at,
-                                                      r == nullptr ? nullptr : r + at,
-                                                      state_in + state_at,
-                                                      dy + at,
-                                                      dstate_out + state_at,
-                                                      dw_log + sum_at,
-                                                      du + sum_at,
-                                                      dk + at,
-                                                      dv + at,
-                                                      dr == nullptr ? nullptr : dr + at,
-                                                      dstate_in + state_at},
-                         sizes,
-                         count,
-                         chunk_starts.data());
+    wkv4_backward_kernel(
+        BackwardRow<Element, Scalar>{w_log + c,
+                                     u + c,
+                                     k + at,
+                                     v + at,
+                                     r == nullptr ? nullptr : r + at,
+                                     starts == nullptr ? nullptr : starts + b * sizes.seq_len,
+                                     state_in + state_at,
+                                     dy + at,
+                                     dstate_out == nullptr ? nullptr : dstate_out + state_at,
+                                     dw_log + sum_at,
+                                     du + sum_at,
+                                     dk + at,
+                                     dv + at,
+                                     dr == nullptr ? nullptr : dr + at,
+                                     dstate_in + state_at},
+        sizes,
+        count,
+        chunk_starts.data());
   });
 }
 
-std::tuple<at::Tensor, at::Tensor> wkv4_cpu(const at::Tensor& w_log_A,
-                                            const at::Tensor& k_BTA,
-                                            const at::Tensor& v_BTA,
-                                            const at::Tensor& u_A,
-                                            const at::Tensor& state_B3A,
-                                            const std::optional<at::Tensor>& r_BTA) {
+std::tuple<at::Tensor, at::Tensor, at::Tensor> wkv4_cpu(
+    const at::Tensor& w_log_A,
+    const at::Tensor& k_BTA,
+    const at::Tensor& v_BTA,
+    const at::Tensor& u_A,
+    const at::Tensor& state_B3A,
+    const std::optional<at::Tensor>& r_BTA,
+    const std::optional<at::Tensor>& starts_BT) {
   const at::Tensor y_BTA = at::empty_like(k_BTA);
   const at::Tensor state_out_B3A = at::empty_like(state_B3A);
   const auto kernel = k_BTA.scalar_type() == at::kBFloat16 ? &forward<Bf16>
                       : k_BTA.scalar_type() == at::kFloat  ? &forward<float>
                                                            : &forward<double>;
-  kernel(w_log_A, k_BTA, v_BTA, u_A, state_B3A, r_BTA, y_BTA, state_out_B3A);
-  return {y_BTA, state_out_B3A};
+  kernel(w_log_A, k_BTA, v_BTA, u_A, state_B3A, r_BTA, starts_BT, y_BTA, state_out_B3A);
+  // Backward finds the states within the sequence again, with one of its six exponentials.
+  const at::Tensor no_carries = at::empty({0}, state_B3A.options());
+  return {y_BTA, state_out_B3A, no_carries};
 }
 
 std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor, at::Tensor, at::Tensor>
@@ -344,15 +388,17 @@ wkv4_backward_cpu(const at::Tensor& w_log_A,
                   const at::Tensor& u_A,
                   const at::Tensor& state_B3A,
                   const std::optional<at::Tensor>& r_BTA,
+                  const std::optional<at::Tensor>& starts_BT,
+                  const at::Tensor& /*carries*/,
                   const at::Tensor& dy_BTA,
-                  const at::Tensor& dstate_out_B3A) {
+                  const std::optional<at::Tensor>& dstate_out_B3A) {
   const at::Tensor dr_BTA = r_BTA ? at::empty_like(*r_BTA) : at::Tensor();
   if (k_BTA.size(1) == 0) {
     return {at::zeros_like(w_log_A),
             at::empty_like(k_BTA),
             at::empty_like(v_BTA),
             at::zeros_like(u_A),
-            dstate_out_B3A.clone(),
+            dstate_out_B3A ? dstate_out_B3A->clone() : at::zeros_like(state_B3A),
             dr_BTA};
   }
   const int64_t batch_size = k_BTA.size(0);
@@ -365,7 +411,7 @@ wkv4_backward_cpu(const at::Tensor& w_log_A,
   const auto kernel = k_BTA.scalar_type() == at::kBFloat16 ? &backward<Bf16>
                       : k_BTA.scalar_type() == at::kFloat  ? &backward<float>
                                                            : &backward<double>;
-  kernel(w_log_A, k_BTA, v_BTA, u_A, state_B3A, r_BTA, dy_BTA, dstate_out_B3A, out);
+  kernel(w_log_A, k_BTA, v_BTA, u_A, state_B3A, r_BTA, starts_BT, dy_BTA, dstate_out_B3A, out);
   return {sum_in_order(out.dw_log_BA),
           out.dk_BTA,
           out.dv_BTA,

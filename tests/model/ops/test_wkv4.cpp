@@ -167,6 +167,147 @@ INSTANTIATE_TEST_SUITE_P(Sizes,
                                   std::to_string(std::get<2>(size.param));
                          });
 
+// ---- Document starts ----------------------------------------------------------------------------
+
+constexpr int64_t kDocumentsT = 130;
+
+// Rows with starts at the edges of chunks of 64 and 128, beside them, everywhere and nowhere.
+at::Tensor document_starts() {
+  const at::Tensor starts_BT = at::zeros({4, kDocumentsT}, at::kBool);
+  for (const int64_t t : {0, 64, 128}) {
+    starts_BT[0][t] = true;
+  }
+  for (const int64_t t : {1, 63, 65, 127, 129}) {
+    starts_BT[1][t] = true;
+  }
+  starts_BT[2].fill_(true);
+  return starts_BT;
+}
+
+std::vector<at::Tensor> run_documents(const Inputs& inputs,
+                                      const at::Tensor& r_BTA,
+                                      const at::Tensor& starts_BT) {
+  const at::Tensor w = leaf(inputs.w_log_A), k = leaf(inputs.k_BTA), v = leaf(inputs.v_BTA),
+                   u = leaf(inputs.u_A), state = leaf(inputs.state_B3A), r = leaf(r_BTA);
+  const ops::Wkv4Output out = ops::wkv4(w, k, v, u, state, r, starts_BT);
+  const at::Tensor target = (out.y_BTA * inputs.dy_BTA).sum().to(out.state_B3A.scalar_type()) +
+                            (out.state_B3A * inputs.dstate_B3A).sum();
+  target.backward();
+  return {out.y_BTA.detach(),
+          out.state_B3A.detach(),
+          k.grad(),
+          v.grad(),
+          r.grad(),
+          w.grad(),
+          u.grad(),
+          state.grad()};
+}
+
+// The definition, one document after another, each from nothing. Of the same order.
+std::vector<at::Tensor> run_reference_documents(const Inputs& rounded,
+                                                const at::Tensor& rounded_r_BTA,
+                                                const at::Tensor& starts_BT,
+                                                const at::Tensor& kernel_state_B3A,
+                                                at::ScalarType dtype) {
+  const Inputs inputs = cast(rounded, dtype, dtype);
+  const at::Tensor w = leaf(inputs.w_log_A), k = leaf(inputs.k_BTA), v = leaf(inputs.v_BTA),
+                   u = leaf(inputs.u_A), a = leaf(inputs.state_B3A.select(1, 0)),
+                   b = leaf(inputs.state_B3A.select(1, 1)), r = leaf(rounded_r_BTA.to(dtype));
+  const at::Tensor scale_in = inputs.state_B3A.select(1, 2).exp();
+  std::vector<at::Tensor> rows, numerators, denominators;
+  for (int64_t row = 0; row < k.size(0); ++row) {
+    const auto of_row = [&](const at::Tensor& tensor) { return tensor.slice(0, row, row + 1); };
+    test::ReferenceWkv4 document{{}, of_row(a) * of_row(scale_in), of_row(b) * of_row(scale_in)};
+    std::vector<at::Tensor> documents;
+    for (int64_t begin = 0, end = 0; begin < k.size(1); begin = end) {
+      for (end = begin + 1; end < k.size(1) && !starts_BT[row][end].item<bool>();) {
+        ++end;
+      }
+      if (starts_BT[row][begin].item<bool>()) {
+        document.numerator_BA = document.denominator_BA = at::zeros({1, k.size(2)}, k.options());
+      }
+      document = test::reference_wkv4(w,
+                                      of_row(k).slice(1, begin, end),
+                                      of_row(v).slice(1, begin, end),
+                                      u,
+                                      document.numerator_BA,
+                                      document.denominator_BA);
+      documents.push_back(document.y_BTA);
+    }
+    rows.push_back(at::cat(documents, 1));
+    numerators.push_back(document.numerator_BA);
+    denominators.push_back(document.denominator_BA);
+  }
+  const at::Tensor p = kernel_state_B3A.to(dtype).select(1, 2);
+  const at::Tensor y = at::cat(rows) * r.sigmoid();
+  const at::Tensor state =
+      at::stack({at::cat(numerators) * (-p).exp(), at::cat(denominators) * (-p).exp(), p}, 1);
+  ((y * inputs.dy_BTA).sum() + (state * inputs.dstate_B3A).sum()).backward();
+  return {y.detach(),
+          state.detach(),
+          k.grad(),
+          v.grad(),
+          r.grad(),
+          w.grad(),
+          u.grad(),
+          at::stack({a.grad(), b.grad(), at::zeros_like(a)}, 1)};
+}
+
+TEST(Wkv4Starts, MatchTheDefinitionDocumentByDocument) {
+  const Inputs inputs = random_inputs(4, kDocumentsT, 19, 2.0);
+  const at::Tensor r_BTA = random_inputs(4, kDocumentsT, 19, 3.0).k_BTA.flip(1);
+  const at::Tensor starts_BT = document_starts();
+  for (const auto& [activations, exact] : {std::pair{at::kDouble, at::kDouble},
+                                           std::pair{at::kFloat, at::kFloat},
+                                           std::pair{at::kBFloat16, at::kFloat}}) {
+    const Inputs rounded = cast(inputs, activations, exact);
+    const at::Tensor r = r_BTA.to(activations);
+    const auto actual = run_documents(rounded, r, starts_BT);
+    const auto expected = run_reference_documents(rounded, r, starts_BT, actual[1], at::kDouble);
+    const auto plain = run_reference_documents(rounded, r, starts_BT, actual[1], exact);
+    for (size_t i = 0; i < actual.size(); ++i) {
+      // As without starts; a bf16 result is rounded once.
+      const double allowed = actual[i].scalar_type() == at::kDouble ? 1e-12
+                             : actual[i].scalar_type() == at::kBFloat16
+                                 ? 1.0 / 256
+                                 : 2 * test::relative_l2(plain[i], expected[i]) + 3e-6;
+      EXPECT_TRUE(test::close_l2(actual[i], expected[i], allowed))
+          << activations << " result " << i;
+    }
+  }
+}
+
+TEST(Wkv4Starts, NowhereGiveTheBitsOfNone) {
+  const Inputs inputs = cast(random_inputs(2, 70, 19, 2.0), at::kFloat, at::kFloat);
+  const at::Tensor r_BTA = inputs.v_BTA.flip(1);
+  const auto nowhere = run_documents(inputs, r_BTA, at::zeros({2, 70}, at::kBool));
+  const auto none = run_documents(inputs, r_BTA, {});
+  for (size_t i = 0; i < none.size(); ++i) {
+    EXPECT_TRUE(test::same_bits(nowhere[i], none[i])) << "result " << i;
+  }
+}
+
+TEST(Wkv4Starts, KeepANanInItsDocument) {
+  Inputs inputs = cast(random_inputs(1, 9, 8, 1.0), at::kFloat, at::kFloat);
+  const float nan = std::numeric_limits<float>::quiet_NaN();
+  inputs.state_B3A.fill_(nan);
+  inputs.k_BTA[0][4].fill_(nan);
+  at::Tensor starts_BT = at::zeros({1, 9}, at::kBool);
+  for (const int64_t t : {0, 3, 6}) {
+    starts_BT[0][t] = true;
+  }
+  const auto results = run_documents(inputs, inputs.v_BTA, starts_BT);
+  for (const size_t i : {0, 2, 3, 4}) {
+    const at::Tensor is_nan_T = results[i].isnan().any(2)[0];
+    for (const int64_t t : {0, 1, 2, 6, 7, 8}) {
+      EXPECT_FALSE(is_nan_T[t].item<bool>()) << "result " << i << ", token " << t;
+    }
+    EXPECT_TRUE(is_nan_T[4].item<bool>()) << "result " << i;
+  }
+  EXPECT_FALSE(results[1].isnan().any().item<bool>());
+  EXPECT_EQ(results[7].abs().max().item<float>(), 0);
+}
+
 // Golden outputs with k from -95 to 95, where the definition overflows fp32.
 class Wkv4Golden : public testing::TestWithParam<const char*> {};
 
@@ -362,6 +503,15 @@ TEST(Wkv4, RejectsMismatchedShapesAndDtypes) {
   bad = good;
   bad.u_A = at::zeros({4}, at::kDouble);
   EXPECT_THAT(text(bad), testing::HasSubstr("one of them is Double"));
+  EXPECT_THAT(THROWN_TEXT(c10::Error,
+                          ops::wkv4(good.w_log_A,
+                                    good.k_BTA,
+                                    good.v_BTA,
+                                    good.u_A,
+                                    good.state_B3A,
+                                    {},
+                                    at::zeros({2, 4}, at::kBool))),
+              testing::HasSubstr("starts_BT is Bool [2, 4], expected Bool [B, T] for k_BTA"));
   bad = good;
   bad.k_BTA = bad.k_BTA.to(at::kHalf);
   EXPECT_THAT(text(bad), testing::HasSubstr("expected bfloat16, float or double"));
