@@ -4,6 +4,7 @@
 #include <ATen/CPUGeneratorImpl.h>
 
 #include "model/ops/embedding.h"
+#include "model/ops/head_loss.h"
 
 namespace rwkv {
 namespace {
@@ -74,6 +75,22 @@ RwkvModelImpl::LastOutput RwkvModelImpl::forward_last(const at::Tensor& tokens_B
   Hidden hidden = run_blocks(tokens_BT, state);
   const at::Tensor last_BC = hidden.x_BTC.select(1, tokens_BT.size(1) - 1);
   return {.logits_BV = head_(ln_out_(last_BC)), .state = std::move(hidden.state)};
+}
+
+RwkvModelImpl::LossOutput RwkvModelImpl::loss(const at::Tensor& tokens_BT,
+                                              const at::Tensor& targets_BT,
+                                              const State& state,
+                                              double l2wrap) {
+  TORCH_CHECK(targets_BT.sizes() == tokens_BT.sizes(),
+              "targets_BT is ",
+              targets_BT.sizes(),
+              " but tokens_BT is ",
+              tokens_BT.sizes());
+  Hidden hidden = run_blocks(tokens_BT, state);
+  const at::Tensor hidden_NC = ln_out_(hidden.x_BTC).flatten(0, 1);
+  return {
+      .loss = ops::head_loss(hidden_NC, head_->weight, targets_BT.flatten(), {.l2wrap = l2wrap}),
+      .state = std::move(hidden.state)};
 }
 
 State RwkvModelImpl::initial_state(int64_t batch_size) const {

@@ -45,6 +45,19 @@ class RwkvModelImpl : public torch::nn::Module {
   };
   LastOutput forward_last(const at::Tensor& tokens_BT, const State& state);
 
+  // What training minimises: the mean cross entropy in nats of the token after each, with L2Wrap in
+  // its gradient alone (model/ops/head_loss.h). There are never logits of all positions beside the
+  // activations that wait for backward.
+  //   targets_BT  as tokens_BT
+  struct LossOutput {
+    at::Tensor loss;  // a scalar, fp32 (fp64 for an fp64 model)
+    State state;
+  };
+  LossOutput loss(const at::Tensor& tokens_BT,
+                  const at::Tensor& targets_BT,
+                  const State& state,
+                  double l2wrap);
+
   State initial_state(int64_t batch_size) const;
 
   // Makes the weights bf16 (at::kBFloat16), fp32 or fp64; those whose traits say so stay fp32 in a

@@ -5,7 +5,7 @@
 
 #include <ATen/ATen.h>
 
-#include "model/loss.h"
+#include "model/ops/cross_entropy.h"
 
 namespace rwkv {
 namespace {
@@ -38,7 +38,7 @@ at::Tensor padded(Sequences sequences, std::span<const size_t> rows) {
 
 std::vector<float> SequencePrediction::losses() const {
   const at::Tensor losses_T =
-      token_losses(logits_TV.unsqueeze(0), targets_T.unsqueeze(0)).to(at::kFloat).contiguous();
+      ops::cross_entropy(logits_TV, targets_T, logits_TV.size(1)).to(at::kFloat);
   const auto* data = losses_T.const_data_ptr<float>();
   return {data, data + losses_T.numel()};
 }

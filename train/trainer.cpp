@@ -18,7 +18,6 @@
 #include "data/atomic_file.h"
 #include "data/tokenizer_registry.h"
 #include "model/formats/safetensors.h"
-#include "model/loss.h"
 #include "train/config_value.h"
 #include "train/evaluate.h"
 #include "train/generate_text.h"
@@ -195,8 +194,9 @@ Trainer::MicroBatch Trainer::accumulate_micro_batch() {
   Batch batch = loader_->next();
   const at::Tensor inputs_BT = as_tensor(batch.inputs, batch);
   const at::Tensor targets_BT = as_tensor(batch.targets, batch);
-  const ModelOutput output = model_->forward(inputs_BT, model_->initial_state(batch.rows));
-  const at::Tensor loss = cross_entropy_loss(output.logits_BTV, targets_BT, config_.train.l2wrap);
+  const at::Tensor loss =
+      model_->loss(inputs_BT, targets_BT, model_->initial_state(batch.rows), config_.train.l2wrap)
+          .loss;
   (loss / static_cast<double>(micro_batches())).backward();
   optimizer_->accumulate_gradient();
   return {.loss = loss.item<double>(), .first_sample = batch.first_sample, .rows = batch.rows};

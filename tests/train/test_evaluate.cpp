@@ -9,7 +9,6 @@
 #include <gtest/gtest.h>
 
 #include "data/byte_tokenizer.h"
-#include "model/loss.h"
 #include "tests/support/test_data.h"
 #include "train/evaluate.h"
 #include "train/evaluate_documents.h"

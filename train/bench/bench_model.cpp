@@ -5,7 +5,6 @@
 #include <ATen/ATen.h>
 #include <ATen/Parallel.h>
 
-#include "model/loss.h"
 #include "model/rwkv_model.h"
 #include "train/machine.h"
 #include "train/machine_rates.h"
@@ -54,16 +53,17 @@ double optimizer_bytes(double parameters, at::ScalarType dtype) {
 // Weights, gradients and moments, and what backward reads again (not the transients: what an op
 // needs while it runs, and the gradients of activations): x, three mixed inputs, k, v, r and
 // the gated wkv; the sum with attention, two mixed inputs, r, its partner and dim_ffn wide the
-// hidden row; then ln_out's input and output and the logits.
+// hidden row; then ln_out's input and the gradients of its output and of the head.
 double formula_bytes(RwkvModel model, const StepShape& shape, at::ScalarType dtype) {
   const ModelConfig& config = model->config();
   const double states = static_cast<double>(model->num_parameters()) *
                         (4 * sizeof(float) + (dtype == at::kBFloat16 ? element_size(dtype) : 0));
   const int64_t per_layer = 9 * config.n_embd + 4 * config.dim_att + config.dim_ffn;
-  const double activations =
-      static_cast<double>(shape.batch_size * config.ctx_len) * element_size(dtype) *
-      static_cast<double>(config.n_layer * per_layer + 2 * config.n_embd + config.vocab_size);
-  return states + activations;
+  const double activations = static_cast<double>(shape.batch_size * config.ctx_len) *
+                             element_size(dtype) *
+                             static_cast<double>(config.n_layer * per_layer + 2 * config.n_embd);
+  const double head = element_size(dtype) * static_cast<double>(config.vocab_size * config.n_embd);
+  return states + activations + head;
 }
 
 RwkvModel random_model(const ModelConfig& config) {
@@ -98,8 +98,8 @@ BenchRow bench_step(const StepShape& shape, at::ScalarType dtype, int64_t repeat
     optimizer.zero_gradient();
     at::Tensor loss;
     forward_ms.push_back(milliseconds_of([&] {
-      const ModelOutput output = model->forward(tokens_BT, model->initial_state(shape.batch_size));
-      loss = cross_entropy_loss(output.logits_BTV, tokens_BT, kL2Wrap);
+      loss =
+          model->loss(tokens_BT, tokens_BT, model->initial_state(shape.batch_size), kL2Wrap).loss;
     }));
     backward_ms.push_back(milliseconds_of([&] {
       loss.backward();

@@ -188,16 +188,20 @@ std::vector<OpCase> training_cases(const StepShape& shape, at::ScalarType dtype)
        [](const Tensors& in) { return Tensors{in[0].clone().relu().square()}; },
        7 * 4 * plane,
        4 * plane},
-      {"cross_entropy",
+      // In place, as well.
+      {"cross_entropy_gradient_",
        {normal({B * T, V})},
        [tokens_BT](const Tensors& in) {
-         return Tensors{ops::cross_entropy(in[0].clone(), tokens_BT.flatten(), 1e-4).mean()};
+         const at::Tensor logits_NV = in[0].detach().clone();
+         ops::cross_entropy_gradient_(
+             logits_NV, tokens_BT.flatten(), logits_NV.size(1), 1e-4, 1e-3);
+         return Tensors{};
        },
        [tokens_BT](const Tensors& in) {
          return Tensors{
              at::nll_loss(at::log_softmax(in[0].clone().to(at::kFloat), 1), tokens_BT.flatten())};
        },
-       5 * logits,
+       4 * logits,
        logits},
       // The rows that are looked up; the gradient is as large as the table.
       {"embedding",
