@@ -14,6 +14,9 @@ namespace {
 using torch::autograd::AutogradContext;
 using torch::autograd::tensor_list;
 
+// Chunks save memory and cost time, for each adds its dW to the sum. 512 rows of 50,277 logits in
+// two chunks instead of one take 1.05 to 1.1 times as long on a CPU in fp32, 1.4 in bf16; on an
+// H100 dW of 16,384 rows in four takes 1.85 ms instead of 1.57.
 constexpr int64_t kChunkBytes = int64_t{512} << 20;
 // Columns, and rows of a chunk, of which tensor cores make tiles without a remainder.
 constexpr int64_t kCudaMultiple = 64;
@@ -86,57 +89,49 @@ void for_each_chunk(int64_t rows, int64_t rows_per_chunk, const Work& work) {
   }
 }
 
-at::Tensor empty_losses(const at::Tensor& hidden_NC) {
-  const bool is_double = hidden_NC.scalar_type() == at::kDouble;
-  return at::empty(
-      {hidden_NC.size(0)},
-      hidden_NC.options().requires_grad(false).dtype(is_double ? at::kDouble : at::kFloat));
-}
-
 at::Tensor head_loss_without_gradient(const at::Tensor& hidden_NC,
                                       const at::Tensor& weight_VC,
                                       const at::Tensor& targets_N,
                                       double /*l2wrap*/,
                                       int64_t rows_per_chunk,
                                       int64_t vocab_multiple) {
-  const at::Tensor losses_N = empty_losses(hidden_NC);
+  tensor_list losses_N;  // [chunk]
   const at::Tensor weight_PC = padded(weight_VC, vocab_multiple);
   for_each_chunk(hidden_NC.size(0), rows_per_chunk, [&](int64_t begin, int64_t end) {
     const at::Tensor logits_NP = at::mm(hidden_NC.slice(0, begin, end), weight_PC.t());
-    losses_N.slice(0, begin, end)
-        .copy_(cross_entropy(logits_NP, targets_N.slice(0, begin, end), weight_VC.size(0)));
+    losses_N.push_back(cross_entropy(logits_NP, targets_N.slice(0, begin, end), weight_VC.size(0)));
   });
-  return losses_N.mean();
+  return at::cat(losses_N).mean();
 }
 
 // dW = sum over chunks of dl^T x.
 class WeightGradient {
  public:
-  WeightGradient(const at::Tensor& weight_PC, bool one_chunk)
-      : dtype_(weight_PC.scalar_type()), one_chunk_(one_chunk) {
-    if (!one_chunk) {
-      sum_PC_ = at::empty(weight_PC.sizes(),
-                          weight_PC.options().requires_grad(false).dtype(
-                              dtype_ == at::kBFloat16 ? at::kFloat : dtype_));
-    }
-  }
+  WeightGradient(at::ScalarType dtype, bool one_chunk) : dtype_(dtype), one_chunk_(one_chunk) {}
 
   void add(const at::Tensor& dlogits_NP, const at::Tensor& hidden_NC) {
     const at::Tensor dlogits_PN = dlogits_NP.t();
-    // Zero leaves out what the sum holds before the first chunk.
-    const int64_t kept = is_first_ ? 0 : 1;
     if (one_chunk_) {
       sum_PC_ = at::mm(dlogits_PN, hidden_NC);
-    } else if (sum_PC_.scalar_type() == dtype_) {
+      return;
+    }
+    const bool is_first = !sum_PC_.defined();
+    if (is_first) {
+      const at::ScalarType sum_dtype = dtype_ == at::kBFloat16 ? at::kFloat : dtype_;
+      sum_PC_ =
+          at::empty({dlogits_PN.size(0), hidden_NC.size(1)}, dlogits_PN.options().dtype(sum_dtype));
+    }
+    // Zero leaves out what the sum holds before the first chunk, whatever it is.
+    const int64_t kept = is_first ? 0 : 1;
+    if (sum_PC_.scalar_type() == dtype_) {
       sum_PC_.addmm_(dlogits_PN, hidden_NC, kept);
     } else if (sum_PC_.is_cuda()) {
       at::addmm_out(sum_PC_, sum_PC_, dlogits_PN, hidden_NC, at::kFloat, kept);
-    } else if (is_first_) {
+    } else if (is_first) {
       sum_PC_.copy_(at::mm(dlogits_PN, hidden_NC));
     } else {
       sum_PC_.add_(at::mm(dlogits_PN, hidden_NC));
     }
-    is_first_ = false;
   }
 
   at::Tensor of_vocabulary(int64_t vocab_size) const {
@@ -146,9 +141,19 @@ class WeightGradient {
  private:
   at::ScalarType dtype_;
   bool one_chunk_;
-  bool is_first_ = true;
   at::Tensor sum_PC_;
 };
+
+// A factor rounded to bf16 would be wrong by up to 1/512 of itself. Torch does that to a scalar on
+// a device, and to a number anywhere, but to no tensor of one dimension; on the CPU, where that
+// would take 20 times as long, it keeps a scalar tensor in fp32.
+void scale_in_fp32(at::Tensor& gradient, const at::Tensor& factor) {
+  if (!factor.is_cpu()) {
+    gradient.mul_(factor.view({1}));
+  } else if (factor.item<double>() != 1) {
+    gradient.mul_(factor);
+  }
+}
 
 struct HeadLossFunction : torch::autograd::Function<HeadLossFunction> {
   static at::Tensor forward(AutogradContext* context,
@@ -160,22 +165,21 @@ struct HeadLossFunction : torch::autograd::Function<HeadLossFunction> {
                             int64_t vocab_multiple) {
     const at::AutoDispatchBelowAutograd below;
     const int64_t rows = hidden_NC.size(0);
-    const at::Tensor losses_N = empty_losses(hidden_NC);
+    tensor_list losses_N;  // [chunk]
     const at::Tensor weight_PC = padded(weight_VC, vocab_multiple);
     at::Tensor dhidden_NC;
     if (hidden_NC.requires_grad()) {
       dhidden_NC = at::empty_like(hidden_NC);
     }
-    WeightGradient dweight(weight_PC, rows <= rows_per_chunk);
+    WeightGradient dweight(weight_VC.scalar_type(), rows <= rows_per_chunk);
     for_each_chunk(rows, rows_per_chunk, [&](int64_t begin, int64_t end) {
       const at::Tensor chunk_NC = hidden_NC.slice(0, begin, end);
       const at::Tensor logits_NP = at::mm(chunk_NC, weight_PC.t());
-      losses_N.slice(0, begin, end)
-          .copy_(cross_entropy_gradient_(logits_NP,
-                                         targets_N.slice(0, begin, end),
-                                         weight_VC.size(0),
-                                         l2wrap,
-                                         1 / static_cast<double>(rows)));
+      losses_N.push_back(cross_entropy_gradient_(logits_NP,
+                                                 targets_N.slice(0, begin, end),
+                                                 weight_VC.size(0),
+                                                 l2wrap,
+                                                 1 / static_cast<double>(rows)));
       const at::Tensor& dlogits_NP = logits_NP;
       if (dhidden_NC.defined()) {
         at::Tensor dchunk_NC = dhidden_NC.slice(0, begin, end);
@@ -188,19 +192,14 @@ struct HeadLossFunction : torch::autograd::Function<HeadLossFunction> {
     context->save_for_backward(
         {dhidden_NC,
          weight_VC.requires_grad() ? dweight.of_vocabulary(weight_VC.size(0)) : at::Tensor()});
-    return losses_N.mean();
+    return at::cat(losses_N).mean();
   }
 
   static tensor_list backward(AutogradContext* context, tensor_list grads) {
     tensor_list gradients = context->get_saved_variables();
-    const at::Tensor& dloss = grads[0];
-    // A single micro-batch's is 1; on another device to look would be to wait.
-    if (!dloss.is_cpu() || dloss.item<double>() != 1) {
-      for (at::Tensor& gradient : gradients) {
-        if (gradient.defined()) {
-          // Of one dimension, it makes the product fp32; a scalar would be rounded to bf16 before.
-          gradient.mul_(dloss.view({1}));
-        }
+    for (at::Tensor& gradient : gradients) {
+      if (gradient.defined()) {
+        scale_in_fp32(gradient, grads[0]);
       }
     }
     gradients.resize(6);

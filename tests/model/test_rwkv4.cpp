@@ -136,6 +136,26 @@ TEST(Rwkv4Gradients, MatchTheSyntheticModels) {
   }
 }
 
+TEST(Rwkv4Loss, IsTheMeanCrossEntropyOfTheLogits) {
+  auto golden = test::load_tensors(test::golden("rwkv4_odd_grads.safetensors"));
+  const Batch2D batch{golden["inputs"], golden["targets"]};
+  RwkvModel model = open_model(test::golden("rwkv4_odd.safetensors"), at::kDouble);
+  const State empty = model->initial_state(batch.inputs_BT.size(0));
+  const ModelOutput output = model->forward(batch.inputs_BT, empty);
+  const at::Tensor expected =
+      at::nll_loss(at::log_softmax(output.logits_BTV, 2).flatten(0, 1), batch.targets_BT.flatten());
+  const auto with_gradient = model->loss(batch.inputs_BT, batch.targets_BT, empty, 1e-4);
+  EXPECT_NEAR(with_gradient.loss.item<double>(), expected.item<double>(), 1e-12);
+  EXPECT_TRUE(test::same_bits(with_gradient.state.layers.back().wkv.detach(),
+                              output.state.layers.back().wkv.detach()));
+  const at::NoGradGuard no_grad;
+  const auto alone = model->loss(batch.inputs_BT, batch.targets_BT, empty, 1e-4);
+  EXPECT_TRUE(test::same_bits(alone.loss, with_gradient.loss.detach()));
+  EXPECT_THAT(THROWN_TEXT(c10::Error,
+                          model->loss(batch.inputs_BT, batch.targets_BT.slice(1, 1), empty, 1e-4)),
+              testing::HasSubstr("but tokens_BT is"));
+}
+
 // ---- GPT mode, RNN mode, split
 // ---------------------------------------------------------------------
 

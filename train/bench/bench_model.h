@@ -18,7 +18,8 @@ struct StepShape {
 // A training step as the trainer makes it: forward, backward, then the rest (gradient norm,
 // clipping, update). Figures:
 //   tokens_per_s, floor_ms (matrix products at the matmul rate, then the optimizer's bytes at the
-//   update rate), forward_ms, backward_ms, rest_ms (medians),
+//   update rate), forward_ms (the head's gradients with it: model/ops/head_loss.h), backward_ms,
+//   rest_ms (medians),
 //   peak_mb of memory above what the process held before the model, without the code of libraries,
 //   and formula_mb: weights, gradients, moments and the activations that backward needs, but not
 //   the transients, what an op or the backward pass needs for a moment.
