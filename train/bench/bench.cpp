@@ -21,9 +21,13 @@ nlohmann::ordered_json to_json(const BenchRow& row) {
                                 {"min_ms", row.ms.min},
                                 {"max_ms", row.ms.max},
                                 {"repeats", row.ms.repeats},
-                                {"conditions", nlohmann::ordered_json::object()}};
+                                {"conditions", nlohmann::ordered_json::object()},
+                                {"parts", nlohmann::ordered_json::array()}};
   for (const auto& [name, value] : row.conditions) {
     object["conditions"][name] = value;
+  }
+  for (const BenchRow& part : row.parts) {
+    object["parts"].push_back(to_json(part));
   }
   for (const auto& [name, value] : row.figures) {
     object[name] = value;
@@ -41,9 +45,12 @@ BenchRow from_json(const nlohmann::ordered_json& object) {
   for (const auto& item : object.at("conditions").items()) {
     row.conditions.emplace_back(item.key(), item.value());
   }
+  for (const auto& part : object.at("parts")) {
+    row.parts.push_back(from_json(part));
+  }
   size_t index = 0;
   for (const auto& item : object.items()) {
-    if (index++ >= 6) {
+    if (index++ >= 7) {
       row.figures.emplace_back(item.key(), item.value());
     }
   }
@@ -152,6 +159,11 @@ std::string format_rows(const std::vector<BenchRow>& rows) {
       text += i == 0 ? cells[i] + padding : "  " + padding + cells[i];
     }
     text += '\n';
+  }
+  for (const BenchRow& row : rows) {
+    if (!row.parts.empty()) {
+      text += "\n" + row.what + ":\n" + format_rows(row.parts);
+    }
   }
   return text;
 }

@@ -35,12 +35,15 @@ struct BenchRow {
   // What the figures depend on: "threads", and the rates of the machine that floors are made of.
   // Not in the table, which they would widen beyond a terminal.
   Figures conditions = {};
+  // What the time consists of, if it was looked at: with figures of their own.
+  std::vector<BenchRow> parts = {};
 };
 
-// A table to read: `what`, the median with its spread, then a column for every figure.
+// A table to read: `what`, the median with its spread, then a column for every figure of the first
+// row; others may have fewer. Parts follow in tables of their own, each under its row's `what`.
 std::string format_rows(const std::vector<BenchRow>& rows);
 // The same as a JSON array of objects: what, median_ms, min_ms, max_ms, repeats, the object
-// "conditions" and the figures.
+// "conditions", the array "parts" and the figures.
 std::string rows_to_json(const std::vector<BenchRow>& rows);
 
 // Runs `work` in a process of its own and returns its rows: what one benchmark leaves in memory and

@@ -1,11 +1,13 @@
 #include "train/bench/bench_model.h"
 
 #include <algorithm>
+#include <functional>
 
 #include <ATen/ATen.h>
 #include <ATen/Parallel.h>
 
 #include "model/rwkv_model.h"
+#include "train/bench/op_times.h"
 #include "train/machine.h"
 #include "train/machine_rates.h"
 #include "train/optimizer.h"
@@ -79,6 +81,63 @@ RwkvModel random_model(const ModelConfig& config) {
   return model;
 }
 
+// The model of a step beside the times that `step` spends in its ops.
+std::vector<BenchRow> explain_step(RwkvModel model,
+                                   const StepShape& shape,
+                                   at::ScalarType dtype,
+                                   const StepRates& rates,
+                                   int64_t repeats,
+                                   const std::function<void()>& step) {
+  // The head is padded nowhere but on a GPU (model/ops/head_loss.h).
+  constexpr int64_t kVocabMultiple = 1;
+  const std::vector<StepOpCost> costs =
+      step_model({.model = model->config(), .batch_size = shape.batch_size}, dtype, kVocabMultiple);
+  std::vector<double> total_ms;
+  std::vector<std::vector<double>> op_ms(kNumStepOps);
+  for (int64_t i = 0; i < repeats; ++i) {
+    const StepOpTimes times = time_ops_of_step(model, at::kCPU, step);
+    total_ms.push_back(times.total_ms);
+    for (size_t op = 0; op < kNumStepOps; ++op) {
+      op_ms[op].push_back(times.ms[op]);
+    }
+  }
+  const Spread total = spread_of(total_ms);
+  const auto row = [&](std::string_view what, const Spread& ms, double explained_ms) {
+    return BenchRow{.what = std::string(what),
+                    .ms = ms,
+                    .figures = {{"percent", 100 * explained_ms / total.median}}};
+  };
+  const auto add_cost = [](BenchRow& to, const StepOpCost& cost, double floor) {
+    to.figures.insert(to.figures.end(),
+                      {{"calls", cost.calls},
+                       {"gflop", cost.flops / 1e9},
+                       {"mb", cost.bytes / 1e6},
+                       {"floor_ms", floor},
+                       {"x_floor", to.ms.median / floor}});
+  };
+
+  std::vector<BenchRow> rows;
+  StepOpCost sum{.op = StepOp::kOther, .calls = 0, .flops = 0, .bytes = 0};
+  double sum_of_floors = 0;
+  double explained_ms = 0;
+  for (const StepOpCost& cost : costs) {
+    const Spread ms = spread_of(op_ms[static_cast<size_t>(cost.op)]);
+    const double floor = floor_ms(cost, rates);
+    rows.push_back(row(name_of(cost.op), ms, ms.median));
+    add_cost(rows.back(), cost, floor);
+    sum.calls += cost.calls;
+    sum.flops += cost.flops;
+    sum.bytes += cost.bytes;
+    sum_of_floors += floor;
+    explained_ms += ms.median;
+  }
+  const Spread other = spread_of(op_ms[static_cast<size_t>(StepOp::kOther)]);
+  rows.push_back(row(name_of(StepOp::kOther), other, other.median));
+  rows.push_back(row("explained", total, explained_ms));
+  add_cost(rows.back(), sum, sum_of_floors);
+  return rows;
+}
+
 }  // namespace
 
 std::string describe(const ModelConfig& config, at::ScalarType dtype) {
@@ -86,7 +145,10 @@ std::string describe(const ModelConfig& config, at::ScalarType dtype) {
          std::to_string(config.vocab_size) + (dtype == at::kBFloat16 ? " bf16" : " fp32");
 }
 
-BenchRow bench_step(const StepShape& shape, at::ScalarType dtype, int64_t repeats) {
+BenchRow bench_step(const StepShape& shape,
+                    at::ScalarType dtype,
+                    int64_t repeats,
+                    StepDetail detail) {
   const int64_t held_before = anonymous_bytes();
   RwkvModel model = random_model(shape.model);
   Optimizer optimizer(model, {}, dtype);
@@ -122,19 +184,29 @@ BenchRow bench_step(const StepShape& shape, at::ScalarType dtype, int64_t repeat
   const double floor_s =
       6 * tokens * matrix_elements(model) / matmul_rate +
       optimizer_bytes(static_cast<double>(model->num_parameters()), dtype) / update_rate;
-  return {.what = "step " + describe(shape.model, dtype) + " B" + std::to_string(shape.batch_size) +
-                  " T" + std::to_string(shape.model.ctx_len),
-          .ms = ms,
-          .figures = {{"tokens_per_s", tokens / ms.median * 1000},
-                      {"floor_ms", floor_s * 1000},
-                      {"forward_ms", median_of_timed(forward_ms)},
-                      {"backward_ms", median_of_timed(backward_ms)},
-                      {"rest_ms", median_of_timed(rest_ms)},
-                      {"peak_mb", peak_bytes / 1e6},
-                      {"formula_mb", formula_bytes(model, shape, dtype) / 1e6}},
-          .conditions = {{"threads", at::get_num_threads()},
-                         {"matmul_gflops_per_s", matmul_rate / 1e9},
-                         {"update_gb_per_s", update_rate / 1e9}}};
+  BenchRow row{.what = "step " + describe(shape.model, dtype) + " B" +
+                       std::to_string(shape.batch_size) + " T" +
+                       std::to_string(shape.model.ctx_len),
+               .ms = ms,
+               .figures = {{"tokens_per_s", tokens / ms.median * 1000},
+                           {"floor_ms", floor_s * 1000},
+                           {"forward_ms", median_of_timed(forward_ms)},
+                           {"backward_ms", median_of_timed(backward_ms)},
+                           {"rest_ms", median_of_timed(rest_ms)},
+                           {"peak_mb", peak_bytes / 1e6},
+                           {"formula_mb", formula_bytes(model, shape, dtype) / 1e6}},
+               .conditions = {{"threads", at::get_num_threads()},
+                              {"matmul_gflops_per_s", matmul_rate / 1e9},
+                              {"update_gb_per_s", update_rate / 1e9}}};
+  if (detail == StepDetail::kByOp) {
+    row.parts = explain_step(model,
+                             shape,
+                             dtype,
+                             {.flops_per_s = matmul_rate, .bytes_per_s = update_rate},
+                             repeats,
+                             step);
+  }
+  return row;
 }
 
 std::vector<BenchRow> bench_decode(const ModelConfig& config,

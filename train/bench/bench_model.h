@@ -7,13 +7,11 @@
 
 #include "model/model_config.h"
 #include "train/bench/bench.h"
+#include "train/bench/step_model.h"
 
 namespace rwkv {
 
-struct StepShape {
-  ModelConfig model;       // ctx_len is T
-  int64_t batch_size = 8;  // B
-};
+enum class StepDetail { kWhole, kByOp };
 
 // A training step as the trainer makes it: forward, backward, then the rest (gradient norm,
 // clipping, update). Figures:
@@ -23,7 +21,16 @@ struct StepShape {
 //   peak_mb of memory above what the process held before the model, without the code of libraries,
 //   and formula_mb: weights, gradients, moments and the activations that backward needs, but not
 //   the transients, what an op or the backward pass needs for a moment.
-BenchRow bench_step(const StepShape& shape, at::ScalarType dtype, int64_t repeats);
+// With kByOp the row has parts, from as many steps more, which a clock at each op slows down a
+// little: a row for each kind of op, one for ops of no such kind, and "explained", the whole step
+// beside the sum of floors. Figures of a part:
+//   percent (of the step; of "explained": of the kinds of op together), calls, gflop, mb, floor_ms
+//   (train/bench/step_model.h, at the matmul and the update rate), x_floor (times as long as it).
+// Tensors that stay in a cache may go under their floor.
+BenchRow bench_step(const StepShape& shape,
+                    at::ScalarType dtype,
+                    int64_t repeats,
+                    StepDetail detail);
 
 // Two rows, batch 1: a prefill of `prompt_len` tokens in one pass, and one token after another with
 // the state handed on. Figures: tokens_per_s, floor_ms (a token: the bytes of the weights it

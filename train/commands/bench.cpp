@@ -37,7 +37,8 @@ void override_if_given(const ParseResult& parsed, const std::string& name, int64
 
 void add_shape_options(cxxopts::OptionAdder& add) {
   add("shape",
-      "S (L6 D384 V256 B8 T256), M (L12 D768 V50277 B4 T128) or both",
+      "S (L6 D384 V256 B8 T256), M (L12 D768 V50277 B4 T128) or both; L12 (M's model, B16 T1024) "
+      "or L24 (D2048 V50277 B8 T1024), which ask for a GPU",
       value<std::string>()->default_value("both"));
   add("n-layer", "instead of the shape's", value<int64_t>());
   add("n-embd", "instead of the shape's", value<int64_t>());
@@ -62,20 +63,29 @@ void add_run_options(cxxopts::OptionAdder& add, const std::string& repeats) {
   add_repeat_options(add, repeats);
 }
 
-// S is trained in minutes on a laptop; M is the smallest released RWKV-4.
+struct NamedShape {
+  std::string name;
+  bool in_both;
+  StepShape shape;
+};
+
+// S is trained in minutes on a laptop; M is the smallest released RWKV-4. L12 is M with the batch
+// that fills a GPU, and L24 the 1.5B model.
 std::vector<StepShape> shapes_of(const ParseResult& parsed) {
+  const NamedShape named[] = {
+      {"S", true, {{.n_layer = 6, .n_embd = 384, .vocab_size = 256, .ctx_len = 256}, 8}},
+      {"M", true, {{.n_layer = 12, .n_embd = 768, .vocab_size = 50277, .ctx_len = 128}, 4}},
+      {"L12", false, {{.n_layer = 12, .n_embd = 768, .vocab_size = 50277, .ctx_len = 1024}, 16}},
+      {"L24", false, {{.n_layer = 24, .n_embd = 2048, .vocab_size = 50277, .ctx_len = 1024}, 8}}};
   const std::string name = parsed["shape"].as<std::string>();
-  if (name != "S" && name != "M" && name != "both") {
-    throw std::invalid_argument("--shape " + name + ": expected S, M or both");
-  }
   std::vector<StepShape> shapes;
-  if (name != "M") {
-    shapes.push_back({.model = {.n_layer = 6, .n_embd = 384, .vocab_size = 256, .ctx_len = 256},
-                      .batch_size = 8});
+  for (const NamedShape& candidate : named) {
+    if (name == candidate.name || (name == "both" && candidate.in_both)) {
+      shapes.push_back(candidate.shape);
+    }
   }
-  if (name != "S") {
-    shapes.push_back({.model = {.n_layer = 12, .n_embd = 768, .vocab_size = 50277, .ctx_len = 128},
-                      .batch_size = 4});
+  if (shapes.empty()) {
+    throw std::invalid_argument("--shape " + name + ": expected S, M, both, L12 or L24");
   }
   for (StepShape& shape : shapes) {
     override_if_given(parsed, "n-layer", shape.model.n_layer);
@@ -140,6 +150,7 @@ int bench_step_command(int argc, char** argv) {
   cxxopts::OptionAdder add = options.add_options();
   add_shape_options(add);
   add_batch_options(add);
+  add("explain", "also the time of each kind of op, beside its floor");
   add_run_options(add, "10");
   const auto parsed =
       parse_options(options, argc, argv, "rookery bench step --shape S --dtype bf16", {});
@@ -148,8 +159,9 @@ int bench_step_command(int argc, char** argv) {
   }
   const std::vector<StepShape> shapes = shapes_with_batch(*parsed);
   const int64_t repeats = positive(*parsed, "repeats");
+  const StepDetail detail = parsed->count("explain") > 0 ? StepDetail::kByOp : StepDetail::kWhole;
   report(*parsed, rows_of_all(*parsed, shapes, [&](const StepShape& shape, at::ScalarType dtype) {
-    return std::vector{bench_step(shape, dtype, repeats)};
+    return std::vector{bench_step(shape, dtype, repeats, detail)};
   }));
   return 0;
 }

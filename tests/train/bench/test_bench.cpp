@@ -17,7 +17,8 @@ TEST(InOwnProcess, HandsRowsOverAsTheyAre) {
   const BenchRow row{.what = "x",
                      .ms = {.median = 2, .min = 1, .max = 3, .repeats = 4},
                      .figures = {{"floor_ms", 0.5}, {"tokens", 7}},
-                     .conditions = {{"threads", 2}}};
+                     .conditions = {{"threads", 2}},
+                     .parts = {{.what = "y", .ms = {}, .figures = {{"percent", 9}}}}};
   EXPECT_EQ(rows_to_json(in_own_process([&] { return std::vector{row}; })), rows_to_json({row}));
 }
 
