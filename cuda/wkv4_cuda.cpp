@@ -11,7 +11,7 @@
 namespace rwkv {
 namespace {
 
-constexpr Wkv4Kernel kKernel = Wkv4Kernel::kChunkScan;
+constexpr Wkv4Kernel kKernel = Wkv4Kernel::kPlain;
 
 template <typename Element>
 Wkv4Inputs<Element> inputs_of(const at::Tensor& w_log_A,

@@ -168,10 +168,10 @@ Outputs same_in_every_order(const std::function<Outputs()>& work) {
     set_lane_order(0);
     EXPECT_EQ(again.size(), first.size());
     for (size_t i = 0; i < first.size() && i < again.size(); ++i) {
-      EXPECT_TRUE(again[i].size() == first[i].size() &&
-                  (first[i].empty() ||
-                   std::memcmp(
-                       again[i].data(), first[i].data(), first[i].size() * sizeof(double)) == 0))
+      EXPECT_TRUE(
+          again[i].size() == first[i].size() &&
+          (first[i].empty() ||
+           std::memcmp(again[i].data(), first[i].data(), first[i].size() * sizeof(double)) == 0))
           << "output " << i << " differs from run to run, lane order " << seed;
     }
   }

@@ -492,7 +492,8 @@ void bulk_copy(void* shared, const void* global, uint32_t bytes, uint64_t* barri
 
 }  // namespace rwkv::host_device
 
-// ---- The part of the CUDA runtime that launchers and tests call ----------------------------------
+// ---- The part of the CUDA runtime that launchers and tests call
+// ----------------------------------
 
 // A few, so that the launchers' loops over a small grid take several turns.
 constexpr int kMultiprocessors = 3;
