@@ -11,12 +11,13 @@
 // elements in turn; a piece lies in one range, so its factors are the same for the whole block. A
 // thread's vector is four elements: 16 bytes of each fp32 buffer and 8 of each bf16 one keep every
 // access of a warp contiguous (eight would leave gaps between the halves of an fp32 vector). The
-// four or five loads of a vector are issued together, 56 bytes a thread.
-// Floor, bytes a parameter with a gradient in bf16: 28 with an fp32 master and bf16 weights, 26
-// with a split master, 26 with an fp32 master alone; 2 more for a gradient in fp32. 1515 M
-// parameters at 28: 42.4 GB, 14.5 ms at 2.93 TB/s; division and square root to the last bit cost
-// about 70 instructions an element, 3.6 ms of issue, which overlap. Sum of squares: 2 or 4 bytes an
-// element, pieces of 32 Ki elements, one a block, whose sums another block adds.
+// four or five loads of a vector are issued together, 56 bytes a thread. 64 registers, four blocks
+// a multiprocessor; 576 bytes of shared memory, for the factors. Floor, bytes a parameter with a
+// gradient in bf16: 28 with an fp32 master and bf16 weights, 26 with a split master, 26 with an
+// fp32 master alone; 2 more for a gradient in fp32. 1515 M parameters at 28: 42.4 GB, 14.5 ms
+// at 2.93 TB/s; division and square root to the last bit cost about 70 instructions an element, 3.6
+// ms of issue, which overlap. Sum of squares: 2 or 4 bytes an element, pieces of 32 Ki elements,
+// one a block, whose sums another block adds.
 #include <algorithm>
 #include <cfloat>
 #include <cmath>

@@ -146,7 +146,7 @@ TYPED_TEST(EmbeddingKernel, RunsLieToPiecesInEveryWay) {
                                   {64, 1},
                                   {32, 32, 32},        // each a piece
                                   {31, 2, 31},         // one over a bound
-                                  {1, 31, 1, 63},      // up to a bound, from a bound on
+                                  {1, 31, 70, 2},      // up to a bound, from a bound over the next
                                   {10, 100, 10},       // over several
                                   {10, 54, 32, 5},     // up to a bound after several
                                   {1, 32, 32, 32, 1},  // each over a bound, none within
