@@ -31,7 +31,7 @@ at::Tensor cross_entropy(const at::Tensor& logits_NP,
   return losses_N;
 }
 
-at::Tensor cross_entropy_gradient(at::Tensor& logits_NP,
+at::Tensor cross_entropy_gradient(const at::Tensor& logits_NP,
                                   const at::Tensor& targets_N,
                                   int64_t vocab_size,
                                   double l2wrap,
