@@ -4,6 +4,7 @@
 #include <functional>
 
 #include <ATen/ATen.h>
+#include <ATen/CPUGeneratorImpl.h>
 #include <ATen/Parallel.h>
 
 #include "model/rwkv_model.h"
@@ -68,14 +69,18 @@ double formula_bytes(RwkvModel model, const StepShape& shape, at::ScalarType dty
   return states + activations + head;
 }
 
+// Matrices are not the author's: of those many are zero, which could make a product quicker than it
+// will be, and orthogonal ones take minutes where they are large.
 RwkvModel random_model(const ModelConfig& config) {
   RwkvModel model(config);
-  model->initialise(kSeed, kEmbRange);
-  // Initial values of zero could make a product quicker than it will be.
   const at::NoGradGuard no_grad;
-  for (at::Tensor& parameter : model->parameters()) {
+  at::Generator generator = at::make_generator<at::CPUGeneratorImpl>(kSeed);
+  for (auto& item : model->named_parameters()) {
+    at::Tensor& parameter = item.value();
     if (parameter.dim() == 2) {
-      parameter.uniform_(-0.05, 0.05);
+      parameter.uniform_(-0.05, 0.05, generator);
+    } else {
+      model->version().initialise(model->config(), item.key(), parameter, kEmbRange, generator);
     }
   }
   return model;
@@ -88,14 +93,15 @@ std::vector<BenchRow> explain_step(RwkvModel model,
                                    const StepRates& rates,
                                    int64_t repeats,
                                    const std::function<void()>& step) {
-  // The head is padded nowhere but on a GPU (model/ops/head_loss.h).
-  constexpr int64_t kVocabMultiple = 1;
+  const at::Device device = model->parameters().front().device();
+  // As the head is padded there (model/ops/head_loss.h).
+  const int64_t vocab_multiple = device.is_cuda() ? 64 : 1;
   const std::vector<StepOpCost> costs =
-      step_model({.model = model->config(), .batch_size = shape.batch_size}, dtype, kVocabMultiple);
+      step_model({.model = model->config(), .batch_size = shape.batch_size}, dtype, vocab_multiple);
   std::vector<double> total_ms;
   std::vector<std::vector<double>> op_ms(kNumStepOps);
   for (int64_t i = 0; i < repeats; ++i) {
-    const StepOpTimes times = time_ops_of_step(model, at::kCPU, step);
+    const StepOpTimes times = time_ops_of_step(model, device, step);
     total_ms.push_back(times.total_ms);
     for (size_t op = 0; op < kNumStepOps; ++op) {
       op_ms[op].push_back(times.ms[op]);

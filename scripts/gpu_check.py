@@ -1,0 +1,529 @@
+"""Proves and times a build on a machine with a GPU, and writes down what it found.
+
+Checks come first: every kernel against float64 arithmetic, ten steps of training against the
+CPU's, CUDA graph against eager bit for bit, a run that is killed and goes on against one that is
+not. What failed is not timed. Then times: each op and each step beside its floor, and decoding.
+
+FOLDER/gpu_check.json holds everything, FOLDER/gpu_check.md the same to read. The exit status is 0
+if all checks passed and all timings were taken, 1 if not, 2 for a wrong command line.
+
+With --device cpu all of it runs on the CPU, but for what only a GPU has.
+"""
+
+import argparse
+import dataclasses
+import datetime
+import glob
+import importlib.metadata
+import importlib.util
+import json
+import os
+import pathlib
+import platform
+import random
+import shutil
+import signal
+import struct
+import subprocess
+import sys
+import tempfile
+import time
+
+# Of all there is to do; what does not fit any more is left out, and named.
+BUDGET_S = 460
+# Relative, of the worst of ten losses.
+LOSS_TOLERANCE = {"fp32": 1e-4, "bf16": 2e-2}
+
+
+class Failure(Exception):
+    """What a check found wrong, in one line."""
+
+
+class Skipped(Exception):
+    """Why a check or a timing was not made."""
+
+
+class OutOfTime(Exception):
+    """The time for everything is over."""
+
+
+@dataclasses.dataclass
+class Sizes:
+    """What training checks train, and what is timed: (name, arguments of rookery bench)."""
+
+    model: dict
+    batch_size: int
+    warm_steps: int  # that make the weights all checks start from
+    resumed_steps: int
+    save_every_steps: int
+    ops: list
+    steps: list
+    decode: list
+    threads: int | None = None  # of the CPU; none: one a core
+
+
+TINY_SHAPE = ["--shape", "S", "--n-layer", "2", "--n-embd", "32"]
+
+
+def sizes_of(device, quick):
+    if quick:
+        tiny = [*TINY_SHAPE, "--repeats", "1"]
+        return Sizes(
+            # Small work is slower on several threads, by far where others use the cores, too.
+            threads=1, model={"n_layer": 2, "n_embd": 32, "ctx_len": 32}, batch_size=4,
+            warm_steps=4, resumed_steps=200, save_every_steps=10,
+            ops=[("bf16", [*tiny, "--batch", "2", "--ctx-len", "16"])],
+            steps=[(dtype, [*tiny, "--batch", batch, "--ctx-len", ctx_len])
+                   for dtype in ("fp32", "bf16") for batch, ctx_len in (("4", "16"), ("1", "64"))],
+            decode=[("bf16", [*tiny, "--prompt-len", "8"])])
+    # Enough channels that every kernel has more than one block of them.
+    training = {"model": {"n_layer": 4, "n_embd": 256, "ctx_len": 128}, "batch_size": 8,
+                "warm_steps": 10, "resumed_steps": 200, "save_every_steps": 20}
+    if device == "cpu":
+        return Sizes(**training,
+                     ops=[("bf16", ["--shape", "S"])],
+                     steps=[(dtype, ["--shape", shape])
+                            for shape in ("S", "M") for dtype in ("fp32", "bf16")],
+                     decode=[("bf16", ["--shape", "M"])])
+    return Sizes(
+        **training,
+        ops=[("bf16", ["--shape", "L12", "--repeats", "5"]),
+             ("bf16", ["--shape", "L24", "--repeats", "5"])],
+        steps=[("bf16", ["--shape", "L12"]), ("bf16", ["--shape", "L24"]),
+               ("bf16", ["--shape", "S"]), ("bf16", ["--shape", "M"]),
+               ("fp32", ["--shape", "L12"]),
+               # As many tokens a step at every length.
+               *[("bf16", ["--shape", "L12", "--batch", batch, "--ctx-len", ctx_len])
+                 for batch, ctx_len in (("64", "1024"), ("16", "4096"), ("1", "65536"))]],
+        decode=[("bf16", ["--shape", "L12"]), ("bf16", ["--shape", "L24"])])
+
+
+def environment(build):
+    """Where programs find the libraries carried along, and those of torch and CUDA."""
+    folders = [str(build / "lib")]
+    torch = importlib.util.find_spec("torch")
+    if torch:
+        package = pathlib.Path(torch.origin).parent
+        folders += [str(package / "lib"), *sorted(glob.glob(f"{package.parent}/nvidia/*/lib"))]
+    folders += filter(None, [os.environ.get("LD_LIBRARY_PATH")])
+    return {**os.environ, "LD_LIBRARY_PATH": ":".join(folders)}
+
+
+class Runner:
+    """Runs the build's programs, until the time is over."""
+
+    def __init__(self, build, device, threads, folder):
+        self.build = build
+        self.device = device
+        self.threads = threads
+        self.folder = folder
+        self.environment = environment(build)
+        self.end = time.monotonic() + BUDGET_S
+
+    def program(self, name):
+        return str(self.build / "bin" / name)
+
+    def run(self, name, *arguments):
+        """Runs a program to its end and returns it; OutOfTime if that does not come."""
+        left = self.end - time.monotonic()
+        if left <= 0:
+            raise OutOfTime
+        try:
+            return subprocess.run(
+                [self.program(name), *map(str, arguments)], cwd=self.folder, env=self.environment,
+                stdin=subprocess.DEVNULL, capture_output=True, text=True, timeout=left, check=False)
+        except subprocess.TimeoutExpired:
+            raise OutOfTime from None
+
+    def rookery(self, *arguments):
+        """Runs the program, which must succeed; returns what it printed."""
+        done = self.run("rookery", *arguments)
+        if done.returncode != 0:
+            raise Failure(f"rookery {' '.join(map(str, arguments))} ended with {done.returncode}: "
+                          + last_line(done.stderr))
+        return done.stdout
+
+    def bench(self, *arguments):
+        # The CPU is the default, also where the program knows no other device.
+        options = [] if self.device == "cpu" else ["--device", self.device]
+        options += ["--threads", self.threads] if self.threads else []
+        return json.loads(self.rookery("bench", *arguments, *options, "--json", "-"))
+
+
+def last_line(text):
+    lines = [line for line in text.splitlines() if line.strip()]
+    return lines[-1].strip() if lines else "it said nothing"
+
+
+# ---- Facts --------------------------------------------------------------------------------------
+
+
+def output_of(*command):
+    try:
+        done = subprocess.run(command, capture_output=True, text=True, timeout=60, check=False)
+    except (OSError, subprocess.TimeoutExpired):
+        return ""
+    return done.stdout.strip() if done.returncode == 0 else ""
+
+
+def processor():
+    for line in pathlib.Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines():
+        if line.startswith("model name"):
+            return line.partition(":")[2].strip()
+    return platform.machine()
+
+
+def torch_version():
+    try:
+        return importlib.metadata.version("torch")
+    except importlib.metadata.PackageNotFoundError:
+        return "not installed as a package"
+
+
+def facts_of(runner):
+    facts = {"device": runner.device,
+             "rookery": last_line(runner.rookery("--version")),
+             "torch": torch_version(),
+             "system": f"{platform.system()} {platform.release()}",
+             "processor": f"{processor()}, {len(os.sched_getaffinity(0))} cores"}
+    if runner.device != "cpu":
+        query = "name,driver_version,memory.total,clocks.max.sm,power.limit"
+        facts["gpu"] = output_of("nvidia-smi", f"--query-gpu={query}", "--format=csv,noheader")
+    return facts
+
+
+# ---- Training -----------------------------------------------------------------------------------
+
+
+def sentences(count):
+    """Text that a small model learns something of at once; the same at every call."""
+    generator = random.Random(1)
+    words = ["the", "rook", "sat", "on", "a", "wall", "and", "saw", "river", "hill", "of", "stone"]
+    return [" ".join(generator.choices(words, k=generator.randrange(4, 12))) + "."
+            for _ in range(count)]
+
+
+class Training:
+    """Runs of `rookery train` on one corpus, from the same weights."""
+
+    def __init__(self, runner, sizes):
+        self.runner = runner
+        self.sizes = sizes
+        text = runner.folder / "text.txt"
+        text.write_text("\n".join(sentences(4000)) + "\n", encoding="utf-8")
+        runner.rookery("tokenize", "--tokenizer", "bytes", "--output", "corpus", text)
+        # Initial weights leave much at zero, which hides what a kernel makes of it.
+        self.initial = None
+        self.run("warm", "cpu", "fp32", sizes.warm_steps)
+        self.initial = self.newest_checkpoint("warm") / "model.safetensors"
+
+    def command(self, name, device, dtype, steps, settings):
+        """The command line of a run in the folder `name`, which goes on if it is there."""
+        config = self.runner.folder / f"{name}.toml"
+        lines = ["[model]", 'version = "rwkv4"',
+                 *[f"{key} = {value}" for key, value in self.sizes.model.items()],
+                 "[data]", 'train = "corpus"', 'tokenizer = "bytes"',
+                 "[train]", f'run_dir = "{name}"', f"batch_size = {self.sizes.batch_size}",
+                 f"total_steps = {steps}", "log_every_steps = 1", f'dtype = "{dtype}"',
+                 "[schedule]", "lr_init = 1e-3", "lr_final = 1e-3"]
+        if self.runner.threads:
+            settings = {"train.threads": self.runner.threads, **settings}
+        if self.initial:
+            lines += ["[init]", f'from = "{self.initial}"']
+        config.write_text("\n".join(lines) + "\n", encoding="utf-8")
+        if device != "cpu":
+            settings = {"train.device": device, **settings}
+        options = [f"--set={key}={value}" for key, value in settings.items()]
+        return ["train", "--config", str(config), *options]
+
+    def run(self, name, device, dtype, steps, **settings):
+        """Trains; the losses of all steps."""
+        settings = {key.replace("__", "."): value for key, value in settings.items()}
+        self.runner.rookery(*self.command(name, device, dtype, steps, settings))
+        lines = (self.runner.folder / name / "metrics.jsonl").read_text(encoding="utf-8")
+        return [json.loads(line)["loss"] for line in lines.splitlines()]
+
+    def checkpoints(self, name):
+        return sorted((self.runner.folder / name / "checkpoints").glob("step_*"))
+
+    def newest_checkpoint(self, name):
+        return self.checkpoints(name)[-1]
+
+    def killed_run(self, name, device, dtype, steps, settings):
+        """Kills the run once its first checkpoint is there; the name of the newest."""
+        with subprocess.Popen(
+                [self.runner.program("rookery"),
+                 *self.command(name, device, dtype, steps, settings)],
+                cwd=self.runner.folder, env=self.runner.environment, stdin=subprocess.DEVNULL,
+                stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL) as process:
+            while not self.checkpoints(name) and process.poll() is None:
+                if time.monotonic() > self.runner.end:
+                    process.kill()
+                    raise OutOfTime
+                time.sleep(0.002)
+            process.kill()
+        if process.returncode != -signal.SIGKILL:
+            raise Failure(f"the run to be killed ended by itself with {process.returncode}")
+        return self.newest_checkpoint(name).name
+
+
+def tensors_of(path):
+    """What a .safetensors file says of its tensors, and their bytes; its metadata left out."""
+    content = path.read_bytes()
+    (header_bytes,) = struct.unpack_from("<Q", content)
+    header = json.loads(content[8:8 + header_bytes])
+    header.pop("__metadata__", None)
+    return header, content[8 + header_bytes:]
+
+
+def require_same_bits(training, names):
+    """Weights and optimizer state of the runs' newest checkpoints."""
+    checkpoints = [training.newest_checkpoint(name) for name in names]
+    if checkpoints[0].name != checkpoints[1].name:
+        raise Failure(f"{names[0]} ended at {checkpoints[0].name}, "
+                      f"{names[1]} at {checkpoints[1].name}")
+    for file in ("model.safetensors", "optimizer.safetensors"):
+        (header, first), (other_header, second) = [tensors_of(folder / file)
+                                                   for folder in checkpoints]
+        if header != other_header:
+            raise Failure(f"{file}: {names[0]} and {names[1]} hold different tensors")
+        differing = [name for name, entry in header.items()
+                     if first[slice(*entry["data_offsets"])]
+                     != second[slice(*entry["data_offsets"])]]
+        if differing:
+            raise Failure(f"{file}: {len(differing)} of {len(header)} tensors differ between "
+                          f"{names[0]} and {names[1]}, first {differing[0]}")
+    return f"weights and optimizer equal bit for bit at {checkpoints[0].name}"
+
+
+# ---- Checks -------------------------------------------------------------------------------------
+
+
+def check_kernels(runner):
+    if runner.device == "cpu":
+        raise Skipped("the CPU has no device kernels; test_kernels runs them without a GPU")
+    if not pathlib.Path(runner.program("test_kernels_gpu")).exists():
+        raise Failure(f"{runner.program('test_kernels_gpu')} is not there; build it with nvcc and "
+                      "package it again")
+    report = runner.folder / "kernels.json"
+    done = runner.run("test_kernels_gpu", f"--gtest_output=json:{report}")
+    if not report.exists():
+        raise Failure(f"test_kernels_gpu ended with {done.returncode}: "
+                      + last_line(done.stderr or done.stdout))
+    tests = [(f"{suite['name']}.{test['name']}", test)
+             for suite in json.loads(report.read_text(encoding="utf-8"))["testsuites"]
+             for test in suite["testsuite"]]
+    ran = [name for name, test in tests if test["result"] == "COMPLETED"]
+    failed = {name: test["failures"][0]["failure"] for name, test in tests if test.get("failures")}
+    if failed:
+        raise Failure(f"{len(failed)} of {len(ran)} tests failed: "
+                      + "; ".join(f"{name}: {' '.join(text.split())[:200]}"
+                                  for name, text in failed.items()))
+    if done.returncode != 0 or not ran:
+        raise Failure(f"test_kernels_gpu ran {len(ran)} of {len(tests)} tests and ended with "
+                      f"{done.returncode}: {last_line(done.stdout)}")
+    return f"{len(ran)} tests passed, {len(tests) - len(ran)} skipped"
+
+
+def check_steps(runner, training, dtype):
+    steps = 10
+    ours = training.run(f"steps_{dtype}", runner.device, dtype, steps)
+    expected = training.run(f"steps_{dtype}_cpu", "cpu", dtype, steps)
+    if not len(ours) == len(expected) == steps:
+        raise Failure(f"{len(ours)} and {len(expected)} losses, expected {steps} of each")
+    errors = [abs(x - y) / abs(y) for x, y in zip(ours, expected, strict=True)]
+    worst = max(range(steps), key=lambda i: errors[i])
+    found = (f"worst of {steps} losses is off by {errors[worst]:.1e} relative, at step {worst + 1} "
+             f"({ours[worst]:.6f}, on the CPU {expected[worst]:.6f}); "
+             f"{LOSS_TOLERANCE[dtype]:.0e} is allowed")
+    # Not finite is not within the tolerance either.
+    if not errors[worst] <= LOSS_TOLERANCE[dtype]:
+        raise Failure(found)
+    return found
+
+
+def check_graph(runner, training, dtype):
+    steps = 10
+    # The CPU has no graph: there, two runs.
+    with_graph = {} if runner.device == "cpu" else {"train__cuda_graph": "true"}
+    eager = {} if runner.device == "cpu" else {"train__cuda_graph": "false"}
+    names = [f"graph_{dtype}", f"eager_{dtype}"]
+    for name, settings in zip(names, (with_graph, eager), strict=True):
+        training.run(name, runner.device, dtype, steps, **settings)
+    return require_same_bits(training, names)
+
+
+def check_resume(runner, training, dtype):
+    sizes = training.sizes
+    settings = {"train__save_every_steps": sizes.save_every_steps}
+    names = [f"whole_{dtype}", f"killed_{dtype}"]
+    training.run(names[0], runner.device, dtype, sizes.resumed_steps, **settings)
+    left = training.killed_run(names[1], runner.device, dtype, sizes.resumed_steps,
+                               {"train.save_every_steps": sizes.save_every_steps})
+    training.run(names[1], runner.device, dtype, sizes.resumed_steps, **settings)
+    return f"killed after {left}; " + require_same_bits(training, names)
+
+
+class Report:
+    """Checks and timings as they come."""
+
+    def __init__(self):
+        self.checks = []
+        self.timings = []
+
+    def check(self, name, work, *arguments):
+        begin = time.monotonic()
+        try:
+            result, detail = "passed", work(*arguments)
+        except Failure as failure:
+            result, detail = "failed", str(failure)
+        except Skipped as skipped:
+            result, detail = "skipped", str(skipped)
+        except OutOfTime:
+            result, detail = "failed", f"not done within {BUDGET_S} s for everything"
+        self.checks.append({"name": name, "result": result, "detail": detail,
+                            "seconds": round(time.monotonic() - begin, 1)})
+        print(f"{name}: {result}: {detail}", flush=True)
+
+    def failed(self, names):
+        return [check["name"] for check in self.checks
+                if check["name"] in names and check["result"] == "failed"]
+
+    def time(self, runner, arguments, needs):
+        """Takes the rows of a benchmark, unless one of the checks it needs has failed."""
+        command = " ".join(["rookery", "bench", *arguments])
+        timing = {"command": command, "rows": []}
+        failed = self.failed(needs)
+        begin = time.monotonic()
+        if failed:
+            timing["left_out"] = f"{', '.join(failed)} failed"
+        else:
+            try:
+                timing["rows"] = runner.bench(*arguments)
+            except Failure as failure:
+                timing["left_out"] = str(failure)
+            except OutOfTime:
+                timing["left_out"] = f"not done within {BUDGET_S} s for everything"
+        timing["seconds"] = round(time.monotonic() - begin, 1)
+        self.timings.append(timing)
+        print(f"{command}: {timing.get('left_out', 'timed')}", flush=True)
+
+    def all_well(self):
+        return (all(check["result"] != "failed" for check in self.checks)
+                and all("left_out" not in timing for timing in self.timings))
+
+
+# ---- Both files ---------------------------------------------------------------------------------
+
+
+def format_number(value):
+    return f"{value:.3g}" if abs(value) < 100 else f"{value:.0f}"
+
+
+def table(rows):
+    """A Markdown table of a benchmark's rows; parts follow in tables of their own."""
+    own = ("what", "median_ms", "min_ms", "max_ms", "repeats", "conditions", "parts")
+    figures = [key for key in rows[0] if key not in own]
+    lines = [f"| | ms, median [min-max] |{''.join(f' {name} |' for name in figures)}",
+             "| --- |" + " --- |" * (len(figures) + 1)]
+    for row in rows:
+        ms = [format_number(row[key]) for key in ("median_ms", "min_ms", "max_ms")]
+        cells = [format_number(row[name]) if name in row else "" for name in figures]
+        lines.append(f"| {row['what']} | {ms[0]} [{ms[1]}-{ms[2]}] |"
+                     + "".join(f" {cell} |" for cell in cells))
+    for row in rows:
+        if row["parts"]:
+            lines += ["", f"{row['what']}, op by op:", "", *table(row["parts"])]
+    return lines
+
+
+def to_markdown(report):
+    lines = ["# Checks and times on a device", "",
+             f"Made with `{report['command']}` at {report['time']}, in {report['seconds']} s.", ""]
+    lines += [f"- {name}: {value}" for name, value in report["facts"].items()]
+    lines += ["", "| check | result | found | s |", "| --- | --- | --- | --- |"]
+    for check in report["checks"]:
+        detail = check["detail"].replace("|", "\\|").replace("\n", " ")
+        lines.append(f"| {check['name']} | {check['result']} | {detail} | {check['seconds']} |")
+    for timing in report["timings"]:
+        lines += ["", f"## `{timing['command']}`", ""]
+        if "left_out" in timing:
+            lines.append(f"Left out: {timing['left_out']}")
+            continue
+        conditions = timing["rows"][0]["conditions"]
+        lines += [", ".join(f"{name} {format_number(value)}" for name, value in conditions.items()),
+                  "", *table(timing["rows"])]
+    return "\n".join(lines) + "\n"
+
+
+def write_report(folder, report):
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "gpu_check.json").write_text(json.dumps(report, indent=2) + "\n", encoding="utf-8")
+    (folder / "gpu_check.md").write_text(to_markdown(report), encoding="utf-8")
+
+
+def make_report(runner, sizes):
+    """All checks, then all timings."""
+    found = Report()
+    facts = facts_of(runner)
+    found.check("kernels", check_kernels, runner)
+    # In a list: nothing to train with is a failed check like any other.
+    training = []
+    found.check("training starts", lambda: training.append(Training(runner, sizes)) or "weights "
+                f"after {sizes.warm_steps} steps on the CPU")
+    dtypes = ("fp32", "bf16")
+    if training:
+        for dtype in dtypes:
+            found.check(f"steps {dtype}", check_steps, runner, training[0], dtype)
+        for dtype in dtypes:
+            found.check(f"graph {dtype}", check_graph, runner, training[0], dtype)
+        found.check("resume bf16", check_resume, runner, training[0], "bf16")
+    needed = ("kernels", "training starts")
+    for dtype, arguments in sizes.steps:
+        found.time(runner, ["step", "--explain", "--dtype", dtype, *arguments],
+                   (*needed, f"steps {dtype}", f"graph {dtype}"))
+    for dtype, arguments in sizes.decode:
+        found.time(runner, ["decode", "--dtype", dtype, *arguments], (*needed, f"steps {dtype}"))
+    for dtype, arguments in sizes.ops:
+        found.time(runner, ["ops", "--dtype", dtype, *arguments], ("kernels",))
+    return facts, found
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__,
+                                     formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--out", type=pathlib.Path, required=True, metavar="FOLDER",
+                        help="where both files are written")
+    parser.add_argument("--device", choices=("cuda", "cpu"), default="cuda")
+    parser.add_argument("--quick", action="store_true",
+                        help="everything as small as can be: the figures say nothing")
+    parser.add_argument("--build", type=pathlib.Path, default=pathlib.Path("build/gpu"),
+                        metavar="FOLDER", help="with bin and lib; default: build/gpu, which "
+                        "scripts/package_gpu.sh makes")
+    options = parser.parse_args()
+    build = options.build.resolve()
+    if not (build / "bin" / "rookery").exists():
+        parser.error(f"{build}/bin/rookery is not there; make it with scripts/package_gpu.sh or "
+                     "name a build with --build")
+
+    begin = time.monotonic()
+    started = datetime.datetime.now(datetime.timezone.utc)
+    folder = pathlib.Path(tempfile.mkdtemp(prefix="gpu_check_"))
+    try:
+        sizes = sizes_of(options.device, options.quick)
+        facts, found = make_report(Runner(build, options.device, sizes.threads, folder), sizes)
+    except Failure as failure:
+        sys.exit(f"gpu_check: {failure}")
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)
+    write_report(options.out, {
+        "command": " ".join(["scripts/gpu_check.sh", *sys.argv[1:]]),
+        "time": started.strftime("%Y-%m-%d %H:%M UTC"),
+        "seconds": round(time.monotonic() - begin),
+        "facts": facts, "checks": found.checks, "timings": found.timings})
+    print(f"{options.out}/gpu_check.json and gpu_check.md are written")
+    sys.exit(0 if found.all_well() else 1)
+
+
+if __name__ == "__main__":
+    main()

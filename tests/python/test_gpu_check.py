@@ -1,0 +1,132 @@
+"""scripts/gpu_check.sh, on what scripts/package_gpu.sh gathers, with the CPU as the device.
+
+Run by ctest as: test_gpu_check.py PATH_OF_ROOKERY.
+"""
+
+import json
+import os
+import pathlib
+import subprocess
+import sys
+
+import support
+
+SCRIPTS = pathlib.Path(__file__).resolve().parents[2] / "scripts"
+CHECKS = ["kernels", "training starts", "steps fp32", "steps bf16", "graph fp32", "graph bf16",
+          "resume bf16"]
+
+
+class GpuCheck(support.Folder):
+    def run_check(self, build, status):
+        """Both files, of a run that ends with `status`."""
+        out = self.folder / "out"
+        # The script asks for python3: the one that has torch.
+        path = os.pathsep.join([str(pathlib.Path(sys.executable).parent), os.environ["PATH"]])
+        done = subprocess.run(
+            [SCRIPTS / "gpu_check.sh", "--device", "cpu", "--quick", "--build", build, "--out", out],
+            env={**support.environment(), "PATH": path}, capture_output=True, text=True,
+            check=False)
+        self.assertEqual(done.returncode, status, done.stdout + done.stderr)
+        report = json.loads((out / "gpu_check.json").read_text(encoding="utf-8"))
+        return report, (out / "gpu_check.md").read_text(encoding="utf-8")
+
+    def package(self):
+        """This build, as it is carried to another machine."""
+        build = pathlib.Path(support.command_line()[0]).parents[1]
+        done = subprocess.run(
+            [SCRIPTS / "package_gpu.sh", "--build", build, "--out", self.folder / "package"],
+            capture_output=True, text=True, check=False)
+        self.assertEqual(done.returncode, 0, done.stdout + done.stderr)
+        return self.folder / "package"
+
+    def broken_build(self, settings_of_run):
+        """A build whose program takes other settings for the runs of that name."""
+        program = self.folder / "build" / "bin" / "rookery"
+        program.parent.mkdir(parents=True)
+        cases = [f'  *"/{run}.toml "*) set -- "$@" --set={setting} ;;\n'
+                 for run, setting in settings_of_run.items()]
+        program.write_text('#!/bin/sh\ncase "$* " in\n' + "".join(cases) + "esac\n"
+                           + f'exec "{support.command_line()[0]}" "$@"\n', encoding="utf-8")
+        program.chmod(0o755)
+        return self.folder / "build"
+
+    def test_writes_what_it_checked_and_timed(self):
+        report, text = self.run_check(self.package(), 0)
+        self.assertEqual([check["name"] for check in report["checks"]], CHECKS)
+        # No kernels of a device on the CPU.
+        self.assertEqual([check["result"] for check in report["checks"]],
+                         ["skipped", *["passed"] * (len(CHECKS) - 1)])
+        self.assertRegex(report["checks"][-1]["detail"], "^killed after step_0+[1-9].* equal bit")
+        for name in ("device", "rookery", "torch", "system", "processor"):
+            self.assertTrue(report["facts"][name], name)
+        benchmarks = [timing["command"].split()[2] for timing in report["timings"]]
+        self.assertEqual(benchmarks, ["step"] * 4 + ["decode", "ops"])
+        for timing in report["timings"]:
+            with self.subTest(timing["command"]):
+                self.assertNotIn("left_out", timing)
+                self.assertIn(f"## `{timing['command']}`", text)
+                for row in timing["rows"]:
+                    self.assertGreater(row["median_ms"], 0)
+                    self.assertIn(f"| {row['what']} | ", text)
+        # A step has its ops in a table, too.
+        for timing in report["timings"][:4]:
+            self.assertEqual(timing["rows"][0]["parts"][-1]["what"], "explained")
+        self.assertIn("| wkv4 with gate | ", text)
+
+    def test_what_failed_is_named_and_not_timed(self):
+        report, text = self.run_check(self.broken_build({
+            "steps_bf16": "schedule.lr_init=0.3", "graph_fp32": "schedule.lr_init=1.001e-3",
+            "killed_bf16": "schedule.lr_init=1.001e-3"}), 1)
+        results = {check["name"]: check for check in report["checks"]}
+        failed = [name for name in CHECKS if results[name]["result"] == "failed"]
+        self.assertEqual(failed, ["steps bf16", "graph fp32", "resume bf16"])
+        self.assertRegex(results["steps bf16"]["detail"], r"off by .* 2e-02 is allowed")
+        self.assertRegex(results["graph fp32"]["detail"],
+                         r"tensors differ between graph_fp32 and eager_fp32, first \w")
+        left_out = {(timing["command"].split()[2], timing["left_out"])
+                    for timing in report["timings"] if "left_out" in timing}
+        self.assertEqual(left_out, {("step", "graph fp32 failed"), ("step", "steps bf16 failed"),
+                                    ("decode", "steps bf16 failed")})
+        self.assertIn("Left out: graph fp32 failed", text)
+        self.assertEqual([bool(timing["rows"]) for timing in report["timings"]],
+                         [False] * 5 + [True])
+
+    def test_the_package_holds_what_the_program_needs_beside_torch(self):
+        package = self.package()
+        carried = {path.name for path in (package / "lib").iterdir()}
+        self.assertIn("librookery_torch.so", carried)
+        self.assertTrue((package / "bin" / "rookery").exists())
+        needed = subprocess.run(["ldd", support.command_line()[0]], capture_output=True, text=True,
+                                check=True).stdout.split()
+        for library in ("spdlog", "fmt", "sentencepiece", "simdjson", "utf8proc", "zstd"):
+            names = [name for name in needed if name.startswith(f"lib{library}.so")]
+            self.assertTrue(carried.issuperset(names) and names, library)
+        for left_out in ("libc.so.6", "libstdc++.so.6", "libtorch_cpu.so", "libgomp.so.1"):
+            self.assertNotIn(left_out, carried)
+
+    def test_a_build_that_is_not_there_is_named(self):
+        done = subprocess.run(
+            [SCRIPTS / "package_gpu.sh", "--build", self.folder, "--out", self.folder / "package"],
+            capture_output=True, text=True, check=False)
+        self.assertEqual(done.returncode, 1)
+        self.assertIn(f"{self.folder}/bin/rookery is not there; build first", done.stderr)
+
+    def test_another_folder_is_not_overwritten(self):
+        support.write_text(self.folder / "mine.txt", ["mine"])
+        build = pathlib.Path(support.command_line()[0]).parents[1]
+        done = subprocess.run(
+            [SCRIPTS / "package_gpu.sh", "--build", build, "--out", self.folder],
+            capture_output=True, text=True, check=False)
+        self.assertEqual(done.returncode, 1)
+        self.assertIn("is no package of an earlier call", done.stderr)
+        self.assertEqual((self.folder / "mine.txt").read_text(), "mine\n")
+
+    def test_a_folder_without_a_program_is_a_wrong_command_line(self):
+        done = subprocess.run([SCRIPTS / "gpu_check.sh", "--out", self.folder / "out", "--build", self.folder],
+                              capture_output=True, text=True, check=False)
+        self.assertEqual(done.returncode, 2)
+        self.assertIn("bin/rookery is not there; make it with scripts/package_gpu.sh", done.stderr)
+
+
+if __name__ == "__main__":
+    support.main()
