@@ -10,6 +10,7 @@
 #include <torch/nn/pimpl.h>
 
 #include "model/layers.h"
+#include "model/recompute.h"
 #include "model/state.h"
 
 namespace rwkv {
@@ -52,13 +53,16 @@ struct BlockImpl : torch::nn::Module {
             int64_t n_embd,
             std::shared_ptr<TimeMix> time_mix,
             std::shared_ptr<ChannelMix> channel_mix);
-  BlockOutput forward(const at::Tensor& x_BTC, const LayerState& before);
+  BlockOutput forward(const at::Tensor& x_BTC, const LayerState& before, Recompute recompute);
 
   LayerNorm ln0 = nullptr;  // block 0 alone
   LayerNorm ln1;
   LayerNorm ln2;
   std::shared_ptr<TimeMix> att;
   std::shared_ptr<ChannelMix> ffn;
+
+ private:
+  BlockOutput run(const at::Tensor& x_BTC, const LayerState& before, bool drop_mixes);
 };
 TORCH_MODULE(Block);
 

@@ -58,7 +58,7 @@ RwkvModelImpl::Hidden RwkvModelImpl::run_blocks(const at::Tensor& tokens_BT, con
               config_.n_layer);
   Hidden hidden{.x_BTC = ops::embedding(emb_->weight, tokens_BT), .state = {}};
   for (size_t layer = 0; layer < blocks_.size(); ++layer) {
-    BlockOutput output = blocks_[layer](hidden.x_BTC, state.layers[layer]);
+    BlockOutput output = blocks_[layer](hidden.x_BTC, state.layers[layer], recompute_);
     hidden.x_BTC = std::move(output.x_BTC);
     hidden.state.layers.push_back(std::move(output.after));
   }

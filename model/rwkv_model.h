@@ -66,6 +66,9 @@ class RwkvModelImpl : public torch::nn::Module {
   at::ScalarType dtype() const;
   at::Device device() const;
 
+  // What backward computes a second time; kNone at first.
+  void set_recompute(Recompute recompute) { recompute_ = recompute; }
+
   const ModelConfig& config() const { return config_; }
   const ModelVersion& version() const { return *version_; }
   ParameterTraits traits(const std::string& name, at::IntArrayRef shape) const {
@@ -82,6 +85,7 @@ class RwkvModelImpl : public torch::nn::Module {
 
   ModelConfig config_;
   const ModelVersion* version_;
+  Recompute recompute_ = Recompute::kNone;
   Matrix emb_;
   std::vector<Block> blocks_;
   LayerNorm ln_out_;

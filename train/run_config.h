@@ -45,11 +45,15 @@ struct InitConfig {
 // Of the forward and backward pass; master weights and optimizer moments are fp32 in both.
 enum class TrainDtype { kFp32, kBf16 };
 
+// What backward computes again instead of keeping it: model/recompute.h.
+enum class RecomputeChoice { kNone, kMixes, kBlocks };
+
 struct TrainConfig {
   std::string run_dir;         // required; checkpoints, configuration and metrics go there
   std::string device = "cpu";  // "cpu", "cuda" or "cuda:N"
   bool cuda_graph = true;      // on a GPU: the step is recorded once and replayed
   TrainDtype dtype = TrainDtype::kFp32;
+  RecomputeChoice recompute = RecomputeChoice::kNone;  // the same bits with each
   int64_t seed = 1;  // of initial weights and sample order; 0 or more
   // Sequences a step, or tokens a step (a multiple of model.ctx_len): exactly one is given.
   std::optional<int64_t> batch_size = {};
@@ -154,12 +158,12 @@ struct ResumePoint {
 // Throws std::invalid_argument, with every differing key and both its values, unless `now` goes on
 // with the run that `saved` began; both with the trainer's resolved values (vocab_size, dim_ffn).
 // What decides over the weights must be equal. What only decides over speed, logging, validation
-// and saving may differ: run_dir, device, threads and micro_batch_size (whose change can change the
-// last bits), total_minutes, what is logged, saved, kept and sampled how often, data.validation and
-// data.tokenizer. So may paths: data.train, whose content the trainer compares, and init.from,
-// which is not read again. So may the length of the run, as long as the learning rate up to the
-// resume point stays what it was: with a constant rate, with warmup_stable_decay before its decay,
-// with any kind during warm-up.
+// and saving may differ: run_dir, device, cuda_graph, recompute, threads and micro_batch_size
+// (whose change can change the last bits), total_minutes, what is logged, saved, kept and sampled
+// how often, data.validation and data.tokenizer. So may paths: data.train, whose content the
+// trainer compares, and init.from, which is not read again. So may the length of the run, as long
+// as the learning rate up to the resume point stays what it was: with a constant rate, with
+// warmup_stable_decay before its decay, with any kind during warm-up.
 void check_matches_checkpoint(const RunConfig& now,
                               const RunConfig& saved,
                               const ResumePoint& resume);

@@ -12,6 +12,7 @@
 #include "train/machine.h"
 #include "train/machine_rates.h"
 #include "train/optimizer.h"
+#include "train/step_runner.h"
 
 namespace rwkv {
 namespace {
@@ -144,6 +145,77 @@ std::vector<BenchRow> explain_step(RwkvModel model,
   return rows;
 }
 
+std::string step_name(const StepShape& shape, at::ScalarType dtype, Recompute recompute) {
+  const std::string name = "step " + describe(shape.model, dtype) + " B" +
+                           std::to_string(shape.batch_size) + " T" +
+                           std::to_string(shape.model.ctx_len);
+  switch (recompute) {
+    case Recompute::kNone:
+      return name;
+    case Recompute::kMixes:
+      return name + ", mixes recomputed";
+    case Recompute::kBlocks:
+      return name + ", blocks recomputed";
+  }
+  return name;
+}
+
+// The time of a step's matrix products, then of the optimizer's bytes.
+double step_floor_s(RwkvModel model, double tokens, at::ScalarType dtype, const StepRates& rates) {
+  return 6 * tokens * matrix_elements(model) / rates.flops_per_s +
+         optimizer_bytes(static_cast<double>(model->num_parameters()), dtype) / rates.bytes_per_s;
+}
+
+// As the trainer makes it on a device: recorded, its numbers read a step late.
+BenchRow bench_step_on(ops::DeviceRuntime& runtime,
+                       const StepShape& shape,
+                       at::ScalarType dtype,
+                       const BenchSettings& settings,
+                       StepDetail detail) {
+  const StepRates rates{.flops_per_s = matmul_flops_per_s(dtype, &runtime),
+                        .bytes_per_s = update_bytes_per_s(&runtime)};
+  runtime.reset_memory();
+  RwkvModel model = random_model(shape.model);
+  model->to(runtime.device());
+  model->set_recompute(settings.recompute);
+  Optimizer optimizer(model, {}, dtype, {.split_masters = true, .bf16_gradient = true});
+  const at::Tensor tokens_BT =
+      at::randint(shape.model.vocab_size, {shape.batch_size, shape.model.ctx_len}, at::kLong);
+  StepRunner runner(model, optimizer, &runtime, {.l2wrap = kL2Wrap});
+  PendingNumbers before;
+  const auto step = [&] {
+    runner.begin_step();
+    runner.add_micro_batch(tokens_BT, tokens_BT);
+    PendingNumbers numbers = runner.finish_step(kLr);
+    before.wait();
+    before = std::move(numbers);
+  };
+  // Op by op, then recorded, then a replay.
+  constexpr int64_t kWarmUp = 3;
+  const Spread ms = time_repeated(kWarmUp, settings.repeats, step);
+  before.wait();
+  const auto tokens = static_cast<double>(tokens_BT.numel());
+  const ops::DeviceMemory memory = runtime.memory();
+  BenchRow row{.what = step_name(shape, dtype, settings.recompute),
+               .ms = ms,
+               .figures = {{"tokens_per_s", tokens / ms.median * 1000},
+                           {"floor_ms", step_floor_s(model, tokens, dtype, rates) * 1000},
+                           {"peak_mb", static_cast<double>(memory.peak_tensor_bytes) / 1e6},
+                           {"reserved_mb", static_cast<double>(memory.peak_reserved_bytes) / 1e6}},
+               .conditions = {{"matmul_gflops_per_s", rates.flops_per_s / 1e9},
+                              {"update_gb_per_s", rates.bytes_per_s / 1e9}}};
+  if (detail == StepDetail::kByOp) {
+    // A replay shows no ops: the same step, one op after another.
+    StepRunner by_op(model, optimizer, &runtime, {.l2wrap = kL2Wrap, .record = false});
+    row.parts = explain_step(model, shape, dtype, rates, settings.repeats, [&] {
+      by_op.begin_step();
+      by_op.add_micro_batch(tokens_BT, tokens_BT);
+      by_op.finish_step(kLr).wait();
+    });
+  }
+  return row;
+}
+
 }  // namespace
 
 std::string describe(const ModelConfig& config, at::ScalarType dtype) {
@@ -153,10 +225,14 @@ std::string describe(const ModelConfig& config, at::ScalarType dtype) {
 
 BenchRow bench_step(const StepShape& shape,
                     at::ScalarType dtype,
-                    int64_t repeats,
+                    const BenchSettings& settings,
                     StepDetail detail) {
+  if (settings.runtime != nullptr) {
+    return bench_step_on(*settings.runtime, shape, dtype, settings, detail);
+  }
   const int64_t held_before = anonymous_bytes();
   RwkvModel model = random_model(shape.model);
+  model->set_recompute(settings.recompute);
   Optimizer optimizer(model, {}, dtype);
   const at::Tensor tokens_BT =
       at::randint(shape.model.vocab_size, {shape.batch_size, shape.model.ctx_len}, at::kLong);
@@ -177,40 +253,30 @@ BenchRow bench_step(const StepShape& shape,
     rest_ms.push_back(milliseconds_of([&] { optimizer.update(loss); }));
   };
   constexpr int64_t kWarmUp = 2;
-  const Spread ms = time_repeated(kWarmUp, repeats, step);
+  const Spread ms = time_repeated(kWarmUp, settings.repeats, step);
   const auto median_of_timed = [](const std::vector<double>& times) {
     return spread_of({times.begin() + kWarmUp, times.end()}).median;
   };
 
   const auto peak_bytes = static_cast<double>(peak_anonymous_bytes() - held_before);
   // After the peak was read: they allocate, too.
-  const double matmul_rate = matmul_flops_per_s(dtype);
-  const double update_rate = update_bytes_per_s();
+  const StepRates rates{.flops_per_s = matmul_flops_per_s(dtype),
+                        .bytes_per_s = update_bytes_per_s()};
   const auto tokens = static_cast<double>(tokens_BT.numel());
-  const double floor_s =
-      6 * tokens * matrix_elements(model) / matmul_rate +
-      optimizer_bytes(static_cast<double>(model->num_parameters()), dtype) / update_rate;
-  BenchRow row{.what = "step " + describe(shape.model, dtype) + " B" +
-                       std::to_string(shape.batch_size) + " T" +
-                       std::to_string(shape.model.ctx_len),
+  BenchRow row{.what = step_name(shape, dtype, settings.recompute),
                .ms = ms,
                .figures = {{"tokens_per_s", tokens / ms.median * 1000},
-                           {"floor_ms", floor_s * 1000},
+                           {"floor_ms", step_floor_s(model, tokens, dtype, rates) * 1000},
                            {"forward_ms", median_of_timed(forward_ms)},
                            {"backward_ms", median_of_timed(backward_ms)},
                            {"rest_ms", median_of_timed(rest_ms)},
                            {"peak_mb", peak_bytes / 1e6},
                            {"formula_mb", formula_bytes(model, shape, dtype) / 1e6}},
                .conditions = {{"threads", at::get_num_threads()},
-                              {"matmul_gflops_per_s", matmul_rate / 1e9},
-                              {"update_gb_per_s", update_rate / 1e9}}};
+                              {"matmul_gflops_per_s", rates.flops_per_s / 1e9},
+                              {"update_gb_per_s", rates.bytes_per_s / 1e9}}};
   if (detail == StepDetail::kByOp) {
-    row.parts = explain_step(model,
-                             shape,
-                             dtype,
-                             {.flops_per_s = matmul_rate, .bytes_per_s = update_rate},
-                             repeats,
-                             step);
+    row.parts = explain_step(model, shape, dtype, rates, settings.repeats, step);
   }
   return row;
 }
@@ -218,10 +284,14 @@ BenchRow bench_step(const StepShape& shape,
 std::vector<BenchRow> bench_decode(const ModelConfig& config,
                                    int64_t prompt_len,
                                    at::ScalarType dtype,
-                                   int64_t repeats) {
+                                   const BenchSettings& settings) {
   const c10::InferenceMode inference;
+  ops::DeviceRuntime* const runtime = settings.runtime;
   RwkvModel model = random_model(config);
   model->set_dtype(dtype);
+  if (runtime != nullptr) {
+    model->to(runtime->device());
+  }
   // Weights that fit into a cache stay there from token to token, so that the rate is that of as
   // many bytes.
   const double weight_bytes = bytes_read_by_a_token(model);
@@ -229,18 +299,26 @@ std::vector<BenchRow> bench_decode(const ModelConfig& config,
   double matmul_rate = 0;
   // Before and after, and the best counts: another program's burst could make a floor too high.
   const auto measure_rates = [&] {
-    read_rate = std::max(read_rate, read_bytes_per_s(static_cast<int64_t>(weight_bytes)));
-    matmul_rate = std::max(matmul_rate, matmul_flops_per_s(dtype));
+    read_rate = std::max(read_rate, read_bytes_per_s(static_cast<int64_t>(weight_bytes), runtime));
+    matmul_rate = std::max(matmul_rate, matmul_flops_per_s(dtype, runtime));
   };
   measure_rates();
-  const at::Tensor prompt_1T = at::randint(config.vocab_size, {1, prompt_len}, at::kLong);
+  const at::Tensor prompt_1T =
+      at::randint(config.vocab_size, {1, prompt_len}, at::kLong).to(model->device());
 
   State state = model->initial_state(1);
-  const Spread prefill_ms = time_repeated(1, std::max<int64_t>(repeats / 8, 3), [&] {
-    state = model->forward_last(prompt_1T, model->initial_state(1)).state;
+  // A token is chosen from its logits before the next begins.
+  const auto run = [&](const at::Tensor& tokens_1T, const State& before) {
+    state = model->forward_last(tokens_1T, before).state;
+    if (runtime != nullptr) {
+      runtime->synchronize();
+    }
+  };
+  const Spread prefill_ms = time_repeated(1, std::max<int64_t>(settings.repeats / 8, 3), [&] {
+    run(prompt_1T, model->initial_state(1));
   });
-  const Spread token_ms = time_repeated(
-      16, repeats, [&] { state = model->forward_last(prompt_1T.slice(1, 0, 1), state).state; });
+  const Spread token_ms =
+      time_repeated(16, settings.repeats, [&] { run(prompt_1T.slice(1, 0, 1), state); });
 
   measure_rates();
 

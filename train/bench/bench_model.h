@@ -6,12 +6,20 @@
 #include <ATen/core/ScalarType.h>
 
 #include "model/model_config.h"
+#include "model/ops/device_runtime.h"
+#include "model/recompute.h"
 #include "train/bench/bench.h"
 #include "train/bench/step_model.h"
 
 namespace rwkv {
 
 enum class StepDetail { kWhole, kByOp };
+
+struct BenchSettings {
+  int64_t repeats = 10;
+  ops::DeviceRuntime* runtime = nullptr;  // of the device; null is the CPU
+  Recompute recompute = Recompute::kNone;
+};
 
 // A training step as the trainer makes it: forward, backward, then the rest (gradient norm,
 // clipping, update). Figures:
@@ -27,9 +35,11 @@ enum class StepDetail { kWhole, kByOp };
 //   percent (of the step; of "explained": of the kinds of op together), calls, gflop, mb, floor_ms
 //   (train/bench/step_model.h, at the matmul and the update rate), x_floor (times as long as it).
 // Tensors that stay in a cache may go under their floor.
+// On another device than the CPU the step is the one that the trainer records, whose parts are not
+// timed apart, and memory is that of tensors: peak_mb, and reserved_mb with what lies between them.
 BenchRow bench_step(const StepShape& shape,
                     at::ScalarType dtype,
-                    int64_t repeats,
+                    const BenchSettings& settings,
                     StepDetail detail);
 
 // Two rows, batch 1: a prefill of `prompt_len` tokens in one pass, and one token after another with
@@ -39,7 +49,7 @@ BenchRow bench_step(const StepShape& shape,
 std::vector<BenchRow> bench_decode(const ModelConfig& config,
                                    int64_t prompt_len,
                                    at::ScalarType dtype,
-                                   int64_t repeats);
+                                   const BenchSettings& settings);
 
 // "L6 D384 V256 fp32".
 std::string describe(const ModelConfig& config, at::ScalarType dtype);

@@ -72,7 +72,8 @@ std::optional<StepOp> op_of_name(std::string_view name) {
       {"rookery::head_loss", StepOp::kHeadProducts},
       {"rookery::cross_entropy", StepOp::kCrossEntropy},
       {"torch::autograd::AccumulateGrad", StepOp::kGradientSum},
-      {"rookery::sum_of_squares", StepOp::kGlobalNorm},
+      {"rookery::add_sum_of_squares", StepOp::kGlobalNorm},
+      {"rookery::begin_adamw", StepOp::kGlobalNorm},
       {"rookery::adamw_", StepOp::kAdamw},
   };
   for (const auto& [prefix, op] : kPrefixes) {

@@ -13,6 +13,7 @@
 #include "train/bench/bench_startup.h"
 #include "train/bench/bench_tokenizer.h"
 #include "train/commands/commands.h"
+#include "train/commands/model_options.h"
 #include "train/machine.h"
 
 namespace rwkv {
@@ -105,6 +106,16 @@ std::vector<StepShape> shapes_with_batch(const ParseResult& parsed) {
   return shapes;
 }
 
+Recompute recompute_of(const ParseResult& parsed) {
+  const std::string name = parsed["recompute"].as<std::string>();
+  if (name != "none" && name != "mixes" && name != "blocks") {
+    throw std::invalid_argument("--recompute " + name + ": expected none, mixes or blocks");
+  }
+  return name == "none"    ? Recompute::kNone
+         : name == "mixes" ? Recompute::kMixes
+                           : Recompute::kBlocks;
+}
+
 std::vector<at::ScalarType> dtypes_of(const ParseResult& parsed) {
   const std::string name = parsed["dtype"].as<std::string>();
   if (name == "both") {
@@ -151,6 +162,10 @@ int bench_step_command(int argc, char** argv) {
   add_shape_options(add);
   add_batch_options(add);
   add("explain", "also the time of each kind of op, beside its floor");
+  add("recompute",
+      "in backward: none, mixes or blocks (train.recompute)",
+      value<std::string>()->default_value("none"));
+  add_device_option(add);
   add_run_options(add, "10");
   const auto parsed =
       parse_options(options, argc, argv, "rookery bench step --shape S --dtype bf16", {});
@@ -159,9 +174,15 @@ int bench_step_command(int argc, char** argv) {
   }
   const std::vector<StepShape> shapes = shapes_with_batch(*parsed);
   const int64_t repeats = positive(*parsed, "repeats");
+  const Recompute recompute = recompute_of(*parsed);
   const StepDetail detail = parsed->count("explain") > 0 ? StepDetail::kByOp : StepDetail::kWhole;
   report(*parsed, rows_of_all(*parsed, shapes, [&](const StepShape& shape, at::ScalarType dtype) {
-    return std::vector{bench_step(shape, dtype, repeats, detail)};
+    return std::vector{bench_step(shape,
+                                  dtype,
+                                  {.repeats = repeats,
+                                   .runtime = open_device_option(*parsed).runtime,
+                                   .recompute = recompute},
+                                  detail)};
   }));
   return 0;
 }
@@ -172,6 +193,7 @@ int bench_decode_command(int argc, char** argv) {
   cxxopts::OptionAdder add = options.add_options();
   add_shape_options(add);
   add("prompt-len", "tokens of the prefill", value<int64_t>()->default_value("512"));
+  add_device_option(add);
   add_run_options(add, "64");
   const auto parsed = parse_options(options, argc, argv, "rookery bench decode --shape M", {});
   if (!parsed) {
@@ -182,7 +204,12 @@ int bench_decode_command(int argc, char** argv) {
   report(
       *parsed,
       rows_of_all(*parsed, shapes_of(*parsed), [&](const StepShape& shape, at::ScalarType dtype) {
-        return bench_decode(shape.model, prompt_len, dtype, repeats);
+        return bench_decode(shape.model,
+                            prompt_len,
+                            dtype,
+                            {.repeats = repeats,
+                             .runtime = open_device_option(*parsed).runtime,
+                             .recompute = Recompute::kNone});
       }));
   return 0;
 }

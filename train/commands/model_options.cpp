@@ -7,11 +7,15 @@
 
 namespace rwkv {
 
-void add_model_options(cxxopts::OptionAdder& add) {
-  add("dtype", "fp32 or bf16", cxxopts::value<std::string>()->default_value("fp32"));
+void add_device_option(cxxopts::OptionAdder& add) {
   add("device",
       "cpu, cuda, or cuda:N for GPU N",
       cxxopts::value<std::string>()->default_value("cpu"));
+}
+
+void add_model_options(cxxopts::OptionAdder& add) {
+  add("dtype", "fp32 or bf16", cxxopts::value<std::string>()->default_value("fp32"));
+  add_device_option(add);
 }
 
 OpenDevice open_device_option(const cxxopts::ParseResult& parsed) {

@@ -9,6 +9,8 @@
 
 namespace rwkv {
 
+// Adds --device.
+void add_device_option(cxxopts::OptionAdder& add);
 // Adds --dtype and --device.
 void add_model_options(cxxopts::OptionAdder& add);
 

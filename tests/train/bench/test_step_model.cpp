@@ -146,9 +146,11 @@ TEST_F(TimeOpsOfStep, FindsEachKind) {
   Optimizer optimizer(model_, {}, at::kFloat);
   const StepOpTimes times = time_ops_of_step(model_, at::kCPU, [&] {
     optimizer.zero_gradient();
-    model_->loss(tokens_BT_, tokens_BT_, model_->initial_state(4), 0).loss.backward();
+    const at::Tensor loss = model_->loss(tokens_BT_, tokens_BT_, model_->initial_state(4), 0).loss;
+    loss.backward();
     optimizer.accumulate_gradient();
-    optimizer.step(1e-5, optimizer.gradient_norm());
+    optimizer.set_lr(1e-5);
+    optimizer.update(loss.detach());
   });
   double sum = 0;
   for (size_t op = 0; op < kNumStepOps; ++op) {
@@ -182,7 +184,7 @@ TEST_F(TimeOpsOfStep, GivesBackwardToTheKindOfItsForwardOp) {
 TEST(BenchStep, ExplainsItsTimeByOp) {
   const BenchRow row = bench_step({.model = model_of(2, 32, 64, 16), .batch_size = 2},
                                   at::kFloat,
-                                  /*repeats=*/2,
+                                  {.repeats = 2},
                                   StepDetail::kByOp);
   ASSERT_EQ(row.parts.size(), kNumStepOps + 1);
   EXPECT_EQ(row.parts.front().what, "embedding");
@@ -205,7 +207,7 @@ TEST(BenchStep, ExplainsItsTimeByOp) {
 TEST(BenchStep, HasNoPartsUnlessAsked) {
   EXPECT_TRUE(bench_step({.model = model_of(1, 16, 16, 8), .batch_size = 1},
                          at::kFloat,
-                         /*repeats=*/1,
+                         {.repeats = 1},
                          StepDetail::kWhole)
                   .parts.empty());
 }

@@ -1,0 +1,36 @@
+// Activations that are computed a second time in backward instead of being kept until then.
+#pragma once
+
+#include <array>
+#include <functional>
+#include <vector>
+
+#include <ATen/core/Tensor.h>
+
+namespace rwkv {
+
+// What a model does without between forward and backward; gradients are the same bits with each.
+enum class Recompute {
+  kNone,
+  // The inputs of TimeMix's and ChannelMix's matrices, made again from the residual stream by the
+  // pass that made them: 5 of RWKV-4's 17 tensors of [B, T, C] a layer, for 2 % of the time.
+  kMixes,
+  // All but each block's input: one of 17 stays, and forward runs twice.
+  kBlocks,
+};
+
+// Gives the memory of `dropped` back, whatever saved them for backward, and has it filled again as
+// soon as backward comes to one of `outputs`, through which every gradient of their users must
+// flow. `make_again` returns tensors like them, of the same bits. The tensors may not share memory
+// with others, nor be read in between. Does nothing where no output needs a gradient.
+void drop_until_backward(const std::vector<at::Tensor>& dropped,
+                         const std::vector<at::Tensor>& outputs,
+                         std::function<std::vector<at::Tensor>()> make_again);
+
+// The values of function(inputs), of which only the inputs are kept: backward calls it again, and
+// its own backward. Gradients of parameters that it uses arrive at them as from any other backward,
+// hooks included. `function` must do the same both times. Four inputs: a block's and its state's.
+using Segment = std::function<std::vector<at::Tensor>(const std::vector<at::Tensor>&)>;
+std::vector<at::Tensor> run_twice(Segment function, const std::array<at::Tensor, 4>& inputs);
+
+}  // namespace rwkv
