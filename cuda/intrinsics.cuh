@@ -2,7 +2,7 @@
 // of a block. Each has a plain twin in tests/support/host_device.h, under which g++ compiles our
 // kernels to run them on the CPU.
 //
-// Source: PTX ISA 9.0: ex2, rcp, cp.async.bulk, mbarrier, barrier.cluster, mapa.
+// Source: PTX ISA 9.0: ex2, rcp, cp.async, cp.async.bulk, mbarrier, barrier.cluster, mapa.
 #pragma once
 
 #include <cstdint>
@@ -24,6 +24,16 @@ __device__ __forceinline__ float fast_reciprocal(float x) {
 }
 __device__ __forceinline__ float reciprocal_sqrt(float x) {
   return 1.0f / std::sqrt(x);
+}
+__device__ __forceinline__ void async_copy16(void* shared, const void* global) {
+  host_device::async_copy(shared, global, 16);
+}
+__device__ __forceinline__ void async_copy_commit() {
+  host_device::async_copy_commit();
+}
+template <int kPending>
+__device__ __forceinline__ void async_copy_wait() {
+  host_device::async_copy_wait(kPending);
 }
 __device__ __forceinline__ uint32_t cluster_rank() {
   return host_device::cluster_rank();
@@ -83,6 +93,27 @@ __device__ __forceinline__ float reciprocal_sqrt(float x) {
   return 1.0f / sqrtf(x);
 }
 
+__device__ __forceinline__ uint32_t shared_address(const void* pointer) {
+  return static_cast<uint32_t>(__cvta_generic_to_shared(pointer));
+}
+
+// Copies 16 aligned bytes into shared memory while this thread goes on.
+__device__ __forceinline__ void async_copy16(void* shared, const void* global) {
+  asm volatile("cp.async.cg.shared.global [%0], [%1], 16;" ::"r"(shared_address(shared)),
+               "l"(global)
+               : "memory");
+}
+// Ends a group of this thread's copies.
+__device__ __forceinline__ void async_copy_commit() {
+  asm volatile("cp.async.commit_group;" ::: "memory");
+}
+// Waits until at most the newest `kPending` groups of this thread are under way. Other threads see
+// what has arrived after a barrier.
+template <int kPending>
+__device__ __forceinline__ void async_copy_wait() {
+  asm volatile("cp.async.wait_group %0;" ::"n"(kPending) : "memory");
+}
+
 // ---- Thread-block clusters and bulk copies (sm_90 and up) ---------------------------------------
 
 // Place of this block in its cluster, and the cluster's number of blocks.
@@ -122,9 +153,6 @@ __device__ __forceinline__ T load_peer_shared(const T* own, uint32_t rank) {
   return value;
 }
 
-__device__ __forceinline__ uint32_t shared_address(const void* pointer) {
-  return static_cast<uint32_t>(__cvta_generic_to_shared(pointer));
-}
 // One thread makes the barrier for `expected` arrivals a phase; then mbarrier_fence_init() and a
 // barrier of the block before anyone uses it.
 __device__ __forceinline__ void mbarrier_init(uint64_t* barrier, uint32_t expected) {

@@ -74,32 +74,6 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor, std::vector<at::Tensor>> forward(
   return {sum_BTC, last_BC, statistics_BT2, mixed_J};
 }
 
-std::vector<at::Tensor> again(const at::Tensor& sum_BTC,
-                              const at::Tensor& statistics_BT2,
-                              const at::Tensor& weight_C,
-                              const at::Tensor& bias_C,
-                              const at::Tensor& carry_BC,
-                              const at::Tensor& mix_JC) {
-  const std::vector<at::Tensor> mixed_J = empty_mixes(sum_BTC, mix_JC);
-  with_element("layer_norm_shift_mix_again", sum_BTC, [&](auto element) {
-    using Element = decltype(element);
-    LayerNormShiftMixAgain<Element> arguments{.sizes = sizes_of(sum_BTC, mix_JC),
-                                              .sum = pointer<Element>(sum_BTC),
-                                              .statistics = pointer<float>(statistics_BT2),
-                                              .weight = pointer<Element>(weight_C),
-                                              .bias = pointer<Element>(bias_C),
-                                              .carry = pointer<Element>(carry_BC),
-                                              .mix = pointer<Element>(mix_JC)};
-    for (size_t j = 0; j < mixed_J.size(); ++j) {
-      arguments.mixed[j] = mutable_pointer<Element>(mixed_J[j]);
-    }
-    RWKV_CUDA_CHECK(launch_layer_norm_shift_mix_again(arguments, current_stream()),
-                    "layer_norm_shift_mix_again of ",
-                    sum_BTC.sizes());
-  });
-  return mixed_J;
-}
-
 std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor, at::Tensor> backward(
     const at::Tensor& sum_BTC,
     const at::Tensor& statistics_BT2,
@@ -145,7 +119,6 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor, at::Tensor> backward(
 
 TORCH_LIBRARY_IMPL(rookery, CUDA, library) {
   library.impl("layer_norm_shift_mix", &forward);
-  library.impl("layer_norm_shift_mix_again", &again);
   library.impl("layer_norm_shift_mix_backward", &backward);
 }
 

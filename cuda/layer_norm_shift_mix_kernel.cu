@@ -7,18 +7,20 @@
 // in registers. The B * T tokens, rows of the batch one behind the other, are dealt out evenly to
 // as many blocks as are resident at once: a block's tokens are neighbours, and it reads one row
 // more than it has. Two kernels each way:
-//   - for rows of whole 16-byte vectors: several tokens at a time (forward 4, backward 2), so that
-//     their loads are in flight together and they share one barrier. Backward keeps the sums of its
-//     tokens, (2 + J) * 8 numbers a thread, in registers;
-//   - for any other row: one token at a time. Backward adds to its row of scratch instead.
+//   - for rows of whole 16-byte vectors. Forward takes four tokens at a time: their loads are in
+//     flight together, and they share one barrier. Backward takes one (two for LayerNorm alone),
+//     and keeps the sums of its tokens, (2 + J) * 8 numbers a thread, in registers;
+//   - for any other row: one token at a time, registers for a block of 1,024 threads. Backward adds
+//     to its row of scratch and loads anew what the other kernel keeps.
 // Forward walks up and keeps n of the token before; backward walks down and keeps what the token
 // after sends back, and xhat, which both tokens of a difference need. Row sums go through shuffles
 // and two buffers in shared memory: one barrier a step, for whoever writes a buffer again has
 // passed the barrier behind its last reading. The variance is that about the mean: each warp's own,
 // then merged exactly. Floor, bytes an element in bf16, J mixes: forward 4 + 2 J (2 + 2 J without
 // delta), backward 6 + 2 J with dsum. The sums of backward's blocks are (2 + J) * 4 bytes for each
-// channel and block on top, and mostly stay in the second-level cache. Registers and occupancy:
-// cuda/README.md.
+// channel and block on top, and mostly stay in the second-level cache. Registers on sm_90 in bf16:
+// forward 128, backward with J <= 3 128: 16 warps a multiprocessor, of five blocks at C 768 and two
+// at C 2048.
 #include <algorithm>
 #include <initializer_list>
 #include <iterator>
@@ -38,20 +40,19 @@ constexpr int kMaxWarps = kMaxChannels / kPerWarp;
 
 // Threads of the largest block of a kernel for whole vectors: with these, its registers suffice.
 constexpr int kVectorThreads = 512;
-constexpr int kManyMixesThreads = 256;  // backward, J > 3
-// Threads meant to be resident on a multiprocessor; what registers allow (cuda/README.md).
-constexpr int kForwardResidentThreads = 768;
-constexpr int kBackwardResidentThreads = 512;
+constexpr int kManySumsThreads = 256;  // backward in fp32 or with J > 3
+// Threads that are resident on a multiprocessor with 128 registers each.
+constexpr int kResidentThreads = 512;
 
 constexpr int kAnyMixes = -1;
 template <bool kVectors>
 constexpr int kForwardTokens = kVectors ? 4 : 1;
 template <int kMixes>
-constexpr int kBackwardTokens = kMixes == kAnyMixes || kMixes > 0 ? 1 : 2;
-template <int kMixes>
-constexpr int kBackwardThreads = kMixes == kAnyMixes ? kMaxWarps* kWarpSize
-                                 : kMixes > 3        ? kManyMixesThreads
-                                                     : kVectorThreads;
+constexpr int kBackwardTokens = kMixes == 0 ? 2 : 1;
+template <typename Element, int kMixes>
+constexpr int kBackwardThreads = kMixes == kAnyMixes                   ? kMaxWarps* kWarpSize
+                                 : sizeof(Element) == 2 && kMixes <= 3 ? kVectorThreads
+                                                                       : kManySumsThreads;
 
 // ---- A thread's channels ------------------------------------------------------------------------
 
@@ -84,11 +85,10 @@ template <bool kVectors>
 class Channels {
  public:
   __device__ __forceinline__ Channels(int64_t n_embd, bool vectors)
-      : first_(static_cast<int64_t>(threadIdx.x) * kPerThread),
-        count_(n_embd - first_),
+      : first_(static_cast<int>(threadIdx.x) * kPerThread),
+        count_(static_cast<int>(n_embd) - first_),
         vectors_(vectors && count_ >= kPerThread) {}
 
-  __device__ __forceinline__ int64_t first() const { return first_; }
   __device__ __forceinline__ bool owns(int i) const { return i < count_; }
 
   template <typename Element>
@@ -113,9 +113,39 @@ class Channels {
   }
 
  private:
-  int64_t first_;
-  int64_t count_;  // channels from the first to the row's end
+  int first_;
+  int count_;  // channels from the first to the row's end
   bool vectors_;
+};
+
+// A thread's part of a row that every token needs: kept packed or, in rows that are no whole
+// vectors, loaded whenever it is used. Threads that own nothing have zeros.
+template <typename Element, bool kVectors>
+class Row {
+ public:
+  __device__ __forceinline__ Row(const Channels<kVectors>& channels, const Element* row) {
+    if (channels.owns(0)) {
+      packed_ = channels.load_packed(row);
+    }
+  }
+  __device__ __forceinline__ void get(const Channels<kVectors>&,
+                                      const Element*,
+                                      float (&x)[kPerThread]) const {
+    unpack(packed_, x);
+  }
+
+ private:
+  Packed<Element> packed_ = {};
+};
+template <typename Element>
+class Row<Element, false> {
+ public:
+  __device__ __forceinline__ Row(const Channels<false>&, const Element*) {}
+  __device__ __forceinline__ void get(const Channels<false>& channels,
+                                      const Element* row,
+                                      float (&x)[kPerThread]) const {
+    channels.load(row, x);
+  }
 };
 
 // The number of channels that a warp owns.
@@ -161,8 +191,8 @@ template <typename Element, bool kVectors, bool kSavedStatistics>
 struct ForwardWalk {
   const LayerNormShiftMixForward<Element>& a;
   Channels<kVectors> channels;
-  float weight[kPerThread];
-  float bias[kPerThread];
+  Row<Element, kVectors> weight;
+  Row<Element, kVectors> bias;
   float before[kPerThread];  // n of the token before
   int step = 0;
 
@@ -276,11 +306,14 @@ struct ForwardWalk {
         }
       }
     }
+    float own_weight[kPerThread], own_bias[kPerThread];
+    weight.get(channels, a.weight, own_weight);
+    bias.get(channels, a.bias, own_bias);
 #pragma unroll
     for (int k = 0; k < kTokens; ++k) {
 #pragma unroll
       for (int i = 0; i < kPerThread; ++i) {
-        n[k][i] = fmaf(standardise(n[k][i], statistics[k]), weight[i], bias[i]);
+        n[k][i] = fmaf(standardise(n[k][i], statistics[k]), own_weight[i], own_bias[i]);
       }
     }
     if (a.sizes.num_mixes == 0) {
@@ -317,14 +350,13 @@ __global__ void __launch_bounds__(kVectors ? kVectorThreads : kMaxWarps* kWarpSi
     layer_norm_shift_mix_kernel(const LayerNormShiftMixForward<Element> a, bool vectors) {
   constexpr int kTokens = kForwardTokens<kVectors>;
   const int64_t n_embd = a.sizes.n_embd;
+  const Channels<kVectors> channels(n_embd, vectors);
   ForwardWalk<Element, kVectors, kSavedStatistics> walk{
       .a = a,
-      .channels = Channels<kVectors>(n_embd, vectors),
-      .weight = {},
-      .bias = {},
+      .channels = channels,
+      .weight = Row<Element, kVectors>(channels, a.weight),
+      .bias = Row<Element, kVectors>(channels, a.bias),
       .before = {}};
-  walk.channels.load(a.weight, walk.weight);
-  walk.channels.load(a.bias, walk.bias);
   const bool shifts = a.sizes.num_mixes > 0;
   const Tokens tokens = own_tokens(a.sizes.batch_size * a.sizes.seq_len);
   int64_t begin = tokens.begin;
@@ -335,7 +367,7 @@ __global__ void __launch_bounds__(kVectors ? kVectorThreads : kMaxWarps* kWarpSi
     int64_t token = begin;
     if (shifts) {
       if (begin == row_end - a.sizes.seq_len) {
-        walk.channels.load(a.carry + row * n_embd, walk.before);
+        channels.load(a.carry + row * n_embd, walk.before);
       } else {
         --token;
       }
@@ -349,7 +381,7 @@ __global__ void __launch_bounds__(kVectors ? kVectorThreads : kMaxWarps* kWarpSi
       }
     }
     if (shifts && !kSavedStatistics && end == row_end) {
-      walk.channels.store(a.last + row * n_embd, walk.before);
+      channels.store(a.last + row * n_embd, walk.before);
     }
     begin = end;
   }
@@ -425,7 +457,7 @@ struct BackwardWalk {
   const LayerNormShiftMixBackward<Element>& a;
   Channels<kVectors> channels;
   ParameterSums<kMixes> sums;
-  float weight[kPerThread];
+  Row<Element, kVectors> weight;
   float xhat[kPerThread];   // of the token that comes next
   float later[kPerThread];  // what the token after it sends back
   int step = 0;
@@ -435,28 +467,45 @@ struct BackwardWalk {
     return {a.statistics[2 * token], a.statistics[2 * token + 1]};
   }
 
-  // Before the tokens below `end` of a row of the batch.
-  __device__ __forceinline__ void start(int64_t end, int64_t row) {
+  // What a token, or the end of a row of the batch, sends back to the token before it.
+  __device__ __forceinline__ void gather_later(int64_t token,
+                                               int64_t row,
+                                               float (&x)[kPerThread]) const {
     const int64_t n_embd = a.sizes.n_embd;
 #pragma unroll
     for (int i = 0; i < kPerThread; ++i) {
-      later[i] = 0.0f;
+      x[i] = 0.0f;
     }
-    if (num_mixes() > 0 && end < (row + 1) * a.sizes.seq_len) {
+    if (num_mixes() > 0 && token < (row + 1) * a.sizes.seq_len) {
+#pragma unroll 1
       for (int j = 0; j < num_mixes(); ++j) {
         float g[kPerThread], mu[kPerThread];
-        channels.load(a.dmixed[j] + end * n_embd, g);
+        channels.load(a.dmixed[j] + token * n_embd, g);
         channels.load(a.mix + j * n_embd, mu);
 #pragma unroll
         for (int i = 0; i < kPerThread; ++i) {
-          later[i] = fmaf(1.0f - mu[i], g[i], later[i]);
+          x[i] = fmaf(1.0f - mu[i], g[i], x[i]);
         }
       }
     } else if (num_mixes() > 0 && a.dlast != nullptr) {
-      channels.load(a.dlast + row * n_embd, later);
+      channels.load(a.dlast + row * n_embd, x);
     }
-    channels.load(a.sum + (end - 1) * n_embd, xhat);
-    standardise_row(statistics(end - 1), xhat);
+  }
+
+  // Before the tokens below `end` of a row of the batch.
+  __device__ __forceinline__ void start(int64_t end, int64_t row) {
+    if constexpr (kVectors) {
+      gather_later(end, row, later);
+      channels.load(a.sum + (end - 1) * a.sizes.n_embd, xhat);
+      standardise_row(statistics(end - 1), xhat);
+    }
+  }
+  // Behind the first token of a row of the batch.
+  __device__ __forceinline__ void store_dcarry(int64_t row) {
+    if constexpr (!kVectors) {
+      gather_later(row * a.sizes.seq_len, row, later);
+    }
+    channels.store(a.dcarry + row * a.sizes.n_embd, later);
   }
 
   __device__ __forceinline__ static void standardise_row(Statistics statistics,
@@ -467,15 +516,17 @@ struct BackwardWalk {
     }
   }
 
-  // n minus the carried row, at the first token of a row of the batch.
+  // n minus the carried row, at the first token of a row of the batch, from its xhat.
   __device__ __forceinline__ void difference_to_carry(int64_t row,
+                                                      const float (&x)[kPerThread],
                                                       float (&difference)[kPerThread]) const {
-    float bias[kPerThread], carry[kPerThread];
+    float own_weight[kPerThread], bias[kPerThread], carry[kPerThread];
+    weight.get(channels, a.weight, own_weight);
     channels.load(a.bias, bias);
     channels.load(a.carry + row * a.sizes.n_embd, carry);
 #pragma unroll
     for (int i = 0; i < kPerThread; ++i) {
-      difference[i] = fmaf(xhat[i], weight[i], bias[i]) - carry[i];
+      difference[i] = fmaf(x[i], own_weight[i], bias[i]) - carry[i];
     }
   }
 
@@ -499,12 +550,6 @@ struct BackwardWalk {
           gradients[k][j] = channels.load_packed(a.dmixed[j] + at);
         }
       }
-      if (a.dsum != nullptr) {
-#pragma unroll
-        for (int k = 0; k < kTokens; ++k) {
-          dsum[k] = channels.load_packed(a.dsum + (token - k) * n_embd);
-        }
-      }
     }
 
     float scaled[kTokens][kPerThread];  // gn weight
@@ -514,11 +559,16 @@ struct BackwardWalk {
     for (int k = 0; k < kTokens; ++k) {
       const int64_t at = (token - k) * n_embd;
       const bool first = k == kTokens - 1 && at_start;
+      // The mixes' sums first, for differences are then out of the way.
+      float x[kPerThread];
+      get_xhat(token - k, xhat, x);
+      float own_weight[kPerThread];
+      weight.get(channels, a.weight, own_weight);
       float before[kPerThread] = {};
       float difference[kPerThread];
       if (first) {
         if (num_mixes() > 0) {
-          difference_to_carry(row, difference);
+          difference_to_carry(row, x, difference);
         }
       } else {
         if constexpr (kVectors) {
@@ -529,62 +579,99 @@ struct BackwardWalk {
         standardise_row(statistics(token - k - 1), before);
 #pragma unroll
         for (int i = 0; i < kPerThread; ++i) {
-          difference[i] = weight[i] * (xhat[i] - before[i]);
+          difference[i] = own_weight[i] * (x[i] - before[i]);
         }
+      }
+#pragma unroll(kVectors ? kMaxMixes : 1)
+      for (int j = 0; j < num_mixes(); ++j) {
+        float g[kPerThread];
+        load_gradient(gradients[k][kVectors ? j : 0], a.dmixed[j] + at, g);
+        sums.add_products(channels, 2 + j, g, difference);
       }
 
       // What the token after sent back, then what goes to the token before.
       float gn[kPerThread];
       if (num_mixes() == 0) {
         load_gradient(gradients[k][0], a.dmixed[0] + at, gn);
-      } else {
+      } else if constexpr (kVectors) {
 #pragma unroll
         for (int i = 0; i < kPerThread; ++i) {
           gn[i] = later[i];
           later[i] = 0.0f;
         }
+      } else {
+        gather_later(token - k + 1, row, gn);
       }
-#pragma unroll
+#pragma unroll(kVectors ? kMaxMixes : 1)
       for (int j = 0; j < num_mixes(); ++j) {
         float g[kPerThread], mu[kPerThread];
         load_gradient(gradients[k][kVectors ? j : 0], a.dmixed[j] + at, g);
         channels.load(a.mix + j * n_embd, mu);
-        sums.add_products(channels, 2 + j, g, difference);
 #pragma unroll
         for (int i = 0; i < kPerThread; ++i) {
           gn[i] = fmaf(mu[i], g[i], gn[i]);
-          later[i] = fmaf(1.0f - mu[i], g[i], later[i]);
+          if constexpr (kVectors) {
+            later[i] = fmaf(1.0f - mu[i], g[i], later[i]);
+          }
         }
       }
       const float ones[kPerThread] = {1, 1, 1, 1, 1, 1, 1, 1};
-      sums.add_products(channels, 0, gn, xhat);
+      get_xhat(token - k, xhat, x);
+      sums.add_products(channels, 0, gn, x);
       sums.add_products(channels, 1, gn, ones);
       row_sums[k] = make_float2(0.0f, 0.0f);
+      weight.get(channels, a.weight, own_weight);
 #pragma unroll
       for (int i = 0; i < kPerThread; ++i) {
-        scaled[k][i] = gn[i] * weight[i];
+        scaled[k][i] = gn[i] * own_weight[i];
         row_sums[k].x += scaled[k][i];
-        row_sums[k].y = fmaf(scaled[k][i], xhat[i], row_sums[k].y);
-        xhats[k][i] = xhat[i];
+        row_sums[k].y = fmaf(scaled[k][i], x[i], row_sums[k].y);
+        xhats[k][i] = x[i];
         xhat[i] = before[i];
       }
     }
 
+    // On their way while the block waits; registers for them are free only now.
+    if constexpr (kVectors) {
+      if (a.dsum != nullptr) {
+#pragma unroll
+        for (int k = 0; k < kTokens; ++k) {
+          dsum[k] = channels.load_packed(a.dsum + (token - k) * n_embd);
+        }
+      }
+    }
     average(row_sums);
 #pragma unroll
     for (int k = 0; k < kTokens; ++k) {
       const int64_t at = (token - k) * n_embd;
       const float rstd = a.statistics[2 * (token - k) + 1];
+      float x[kPerThread];
+      get_xhat(token - k, xhats[k], x);
       float ds[kPerThread] = {};
       if (a.dsum != nullptr) {
         load_gradient(dsum[k], a.dsum + at, ds);
       }
 #pragma unroll
       for (int i = 0; i < kPerThread; ++i) {
-        const float centred = fmaf(-xhats[k][i], row_sums[k].y, scaled[k][i] - row_sums[k].x);
+        const float centred = fmaf(-x[i], row_sums[k].y, scaled[k][i] - row_sums[k].x);
         ds[i] = fmaf(rstd, centred, ds[i]);
       }
       channels.store(a.ds + at, ds);
+    }
+  }
+
+  // xhat of a token: kept or, where registers are few, from the first-level cache.
+  __device__ __forceinline__ void get_xhat(int64_t token,
+                                           const float (&kept)[kPerThread],
+                                           float (&x)[kPerThread]) const {
+    if constexpr (kVectors) {
+#pragma unroll
+      for (int i = 0; i < kPerThread; ++i) {
+        x[i] = kept[i];
+      }
+    } else {
+      channels.load(a.sum + token * a.sizes.n_embd, x);
+      standardise_row(statistics(token), x);
     }
   }
 
@@ -614,6 +701,8 @@ struct BackwardWalk {
       sums_of_thread[k] = make_float2(0.0f, 0.0f);
     }
     __syncthreads();
+    // Unrolled, it would spill.
+#pragma unroll 1
     for (int w = 0; w < warps; ++w) {
 #pragma unroll
       for (int k = 0; k < kTokens; ++k) {
@@ -631,7 +720,7 @@ struct BackwardWalk {
 };
 
 template <typename Element, int kMixes>
-__global__ void __launch_bounds__(kBackwardThreads<kMixes>)
+__global__ void __launch_bounds__(kBackwardThreads<Element, kMixes>, 1)
     layer_norm_shift_mix_backward_kernel(const LayerNormShiftMixBackward<Element> a, bool vectors) {
   using Walk = BackwardWalk<Element, kMixes>;
   constexpr int kTokens = kBackwardTokens<kMixes>;
@@ -641,15 +730,9 @@ __global__ void __launch_bounds__(kBackwardThreads<kMixes>)
   Walk walk{.a = a,
             .channels = channels,
             .sums = ParameterSums<kMixes>(channels, rows, n_embd, a.sizes.num_mixes),
-            .weight = {},
+            .weight = Row<Element, Walk::kVectors>(channels, a.weight),
             .xhat = {},
             .later = {}};
-  channels.load(a.weight, walk.weight);
-#pragma unroll
-  for (int i = 0; i < kPerThread; ++i) {
-    // Threads that own nothing add nothing to the sums of a row.
-    walk.weight[i] = channels.owns(i) ? walk.weight[i] : 0.0f;
-  }
   const Tokens tokens = own_tokens(a.sizes.batch_size * a.sizes.seq_len);
   int64_t end = tokens.end;
   while (end > tokens.begin) {
@@ -667,7 +750,7 @@ __global__ void __launch_bounds__(kBackwardThreads<kMixes>)
       }
     }
     if (a.sizes.num_mixes > 0 && begin == row_begin) {
-      channels.store(a.dcarry + row * n_embd, walk.later);
+      walk.store_dcarry(row);
     }
     end = begin;
   }
@@ -688,7 +771,7 @@ int threads_of(const LayerNormShiftMixSizes& sizes) {
 }
 
 // As many blocks as are resident at once, but no fewer than four tokens for each.
-cudaError_t num_blocks(const LayerNormShiftMixSizes& sizes, int resident_threads, int64_t* blocks) {
+cudaError_t num_blocks(const LayerNormShiftMixSizes& sizes, int64_t* blocks) {
   int device = 0;
   int multiprocessors = 0;
   cudaError_t error = cudaGetDevice(&device);
@@ -696,7 +779,7 @@ cudaError_t num_blocks(const LayerNormShiftMixSizes& sizes, int resident_threads
     error = cudaDeviceGetAttribute(&multiprocessors, cudaDevAttrMultiProcessorCount, device);
   }
   const int64_t resident =
-      int64_t{multiprocessors} * std::max(1, resident_threads / threads_of(sizes));
+      int64_t{multiprocessors} * std::max(1, kResidentThreads / threads_of(sizes));
   *blocks = std::min(resident, ceil_div(sizes.batch_size * sizes.seq_len, 4));
   return error;
 }
@@ -729,7 +812,7 @@ cudaError_t launch_forward(const LayerNormShiftMixForward<Element>& a, cudaStrea
     return cudaErrorInvalidValue;
   }
   int64_t blocks = 0;
-  const cudaError_t error = num_blocks(a.sizes, kForwardResidentThreads, &blocks);
+  const cudaError_t error = num_blocks(a.sizes, &blocks);
   if (error != cudaSuccess) {
     return error;
   }
@@ -754,7 +837,7 @@ cudaError_t launch_backward_of(const LayerNormShiftMixBackward<Element>& a,
                                int64_t blocks,
                                bool vectors,
                                cudaStream_t stream) {
-  if (vectors && threads_of(a.sizes) <= kBackwardThreads<kMixes>) {
+  if (vectors && threads_of(a.sizes) <= kBackwardThreads<Element, kMixes>) {
     return launch_kernel(&layer_norm_shift_mix_backward_kernel<Element, kMixes>,
                          shape_of(a.sizes, blocks, kBackwardTokens<kMixes>),
                          stream,
@@ -815,7 +898,7 @@ cudaError_t launch_layer_norm_shift_mix_backward(
     return cudaErrorInvalidValue;
   }
   int64_t blocks = 0;
-  cudaError_t error = num_blocks(a.sizes, kBackwardResidentThreads, &blocks);
+  cudaError_t error = num_blocks(a.sizes, &blocks);
   if (error != cudaSuccess) {
     return error;
   }
@@ -837,7 +920,7 @@ cudaError_t launch_layer_norm_shift_mix_backward(
 
 int64_t layer_norm_shift_mix_scratch_size(const LayerNormShiftMixSizes& sizes) {
   int64_t blocks = 0;
-  if (is_empty(sizes) || num_blocks(sizes, kBackwardResidentThreads, &blocks) != cudaSuccess) {
+  if (is_empty(sizes) || num_blocks(sizes, &blocks) != cudaSuccess) {
     return 0;
   }
   return blocks * (2 + sizes.num_mixes) * sizes.n_embd;

@@ -9,7 +9,7 @@
 namespace rwkv {
 
 constexpr int kMaxMixes = 6;
-// A row's eight channels a thread fill the largest block.
+// With eight channels a thread, as many as the largest block takes.
 constexpr int64_t kMaxChannels = 8192;
 
 // What all launchers share. All pointers are to device memory of contiguous tensors, `Element`
@@ -89,7 +89,7 @@ cudaError_t launch_layer_norm_shift_mix_backward(
     const LayerNormShiftMixBackward<Element>& arguments, cudaStream_t stream);
 
 // Numbers of scratch that backward needs on the current device, a row of 2 + J vectors for each of
-// its blocks: about 8 MB for C 768 and J 3 on 132 multiprocessors. Zero if the device cannot be
+// its blocks: about 10 MB for C 768 and J 3 on 132 multiprocessors. Zero if the device cannot be
 // asked; the launcher then returns its error.
 int64_t layer_norm_shift_mix_scratch_size(const LayerNormShiftMixSizes& sizes);
 

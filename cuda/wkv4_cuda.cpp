@@ -11,32 +11,14 @@
 namespace rwkv {
 namespace {
 
-constexpr Wkv4Kernel kKernel = Wkv4Kernel::kPlain;
+constexpr Wkv4Kernel kKernel = Wkv4Kernel::kChunkScan;
 
-template <typename Element>
-Wkv4Inputs<Element> inputs_of(const at::Tensor& w_log_A,
-                              const at::Tensor& k_BTA,
-                              const at::Tensor& v_BTA,
-                              const at::Tensor& u_A,
-                              const at::Tensor& state_B3A,
-                              const std::optional<at::Tensor>& r_BTA,
-                              const std::optional<at::Tensor>& starts_BT) {
-  return {.batch_size = k_BTA.size(0),
-          .seq_len = k_BTA.size(1),
-          .dim_att = k_BTA.size(2),
-          .w_log = pointer<float>(w_log_A),
-          .k = pointer<Element>(k_BTA),
-          .v = pointer<Element>(v_BTA),
-          .u = pointer<float>(u_A),
-          .state = pointer<float>(state_B3A),
-          .r = pointer<Element>(r_BTA),
-          .starts = pointer<bool>(starts_BT)};
-}
-
-at::Tensor scratch_for(Wkv4Pass pass, const at::Tensor& k_BTA) {
-  return at::empty(
-      {wkv4_scratch_floats(kKernel, pass, k_BTA.size(0), k_BTA.size(1), k_BTA.size(2))},
-      k_BTA.options().dtype(at::kFloat));
+at::Tensor scratch_for(const at::Tensor& k_BTA, bool backward) {
+  return with_element("wkv4", k_BTA, [&](auto element) {
+    const int64_t floats = wkv4_scratch_floats<decltype(element)>(
+        kKernel, k_BTA.size(0), k_BTA.size(1), k_BTA.size(2), backward);
+    return at::empty({floats}, k_BTA.options().dtype(at::kFloat));
+  });
 }
 
 std::tuple<at::Tensor, at::Tensor, at::Tensor> forward(const at::Tensor& w_log_A,
@@ -46,19 +28,27 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor> forward(const at::Tensor& w_log_A
                                                        const at::Tensor& state_B3A,
                                                        const std::optional<at::Tensor>& r_BTA,
                                                        const std::optional<at::Tensor>& starts_BT) {
+  const int64_t B = k_BTA.size(0), T = k_BTA.size(1), A = k_BTA.size(2);
   const at::Tensor y_BTA = at::empty_like(k_BTA), state_out_B3A = at::empty_like(state_B3A);
-  const at::Tensor carries = at::empty(
-      {k_BTA.size(0), wkv4_num_carries(k_BTA.size(1)), 3, k_BTA.size(2)}, state_B3A.options());
-  const at::Tensor scratch = scratch_for(Wkv4Pass::kForward, k_BTA);
+  const at::Tensor carries = at::empty({wkv4_carries_floats(B, T, A)}, state_B3A.options());
+  const at::Tensor scratch = scratch_for(k_BTA, false);
   with_element("wkv4", k_BTA, [&](auto element) {
     using Element = decltype(element);
-    const Wkv4Forward<Element> pass{
-        .in = inputs_of<Element>(w_log_A, k_BTA, v_BTA, u_A, state_B3A, r_BTA, starts_BT),
-        .y = mutable_pointer<Element>(y_BTA),
-        .state_out = mutable_pointer<float>(state_out_B3A),
-        .carries = mutable_pointer<float>(carries),
-        .scratch = mutable_pointer<float>(scratch)};
-    RWKV_CUDA_CHECK(launch_wkv4(kKernel, pass, current_stream()), "wkv4 of ", k_BTA.sizes());
+    const Wkv4Forward<Element> arguments{.B = B,
+                                         .T = T,
+                                         .A = A,
+                                         .w_log = pointer<float>(w_log_A),
+                                         .k = pointer<Element>(k_BTA),
+                                         .v = pointer<Element>(v_BTA),
+                                         .u = pointer<float>(u_A),
+                                         .state = pointer<float>(state_B3A),
+                                         .r = pointer<Element>(r_BTA),
+                                         .starts = pointer<bool>(starts_BT),
+                                         .y = mutable_pointer<Element>(y_BTA),
+                                         .state_out = mutable_pointer<float>(state_out_B3A),
+                                         .carries = mutable_pointer<float>(carries),
+                                         .scratch = mutable_pointer<float>(scratch)};
+    RWKV_CUDA_CHECK(launch_wkv4(kKernel, arguments, current_stream()), "wkv4 of ", k_BTA.sizes());
   });
   return {y_BTA, state_out_B3A, carries};
 }
@@ -78,23 +68,32 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor, at::Tensor, at::Tenso
   const at::Tensor dk_BTA = at::empty_like(k_BTA), dv_BTA = at::empty_like(v_BTA);
   const at::Tensor dstate_B3A = at::empty_like(state_B3A);
   const at::Tensor dr_BTA = r_BTA ? at::empty_like(*r_BTA) : at::Tensor();
-  const at::Tensor scratch = scratch_for(Wkv4Pass::kBackward, k_BTA);
+  const at::Tensor scratch = scratch_for(k_BTA, true);
   with_element("wkv4 backward", k_BTA, [&](auto element) {
     using Element = decltype(element);
-    const Wkv4Backward<Element> pass{
-        .in = inputs_of<Element>(w_log_A, k_BTA, v_BTA, u_A, state_B3A, r_BTA, starts_BT),
-        .carries = pointer<float>(carries),
-        .dy = pointer<Element>(dy_BTA),
-        .dstate_out = pointer<float>(dstate_out_B3A),
-        .dw = mutable_pointer<float>(dw_A),
-        .dk = mutable_pointer<Element>(dk_BTA),
-        .dv = mutable_pointer<Element>(dv_BTA),
-        .du = mutable_pointer<float>(du_A),
-        .dstate = mutable_pointer<float>(dstate_B3A),
-        .dr = mutable_pointer<Element>(dr_BTA),
-        .scratch = mutable_pointer<float>(scratch)};
-    RWKV_CUDA_CHECK(
-        launch_wkv4_backward(kKernel, pass, current_stream()), "wkv4 backward of ", k_BTA.sizes());
+    const Wkv4Backward<Element> arguments{.B = k_BTA.size(0),
+                                          .T = k_BTA.size(1),
+                                          .A = k_BTA.size(2),
+                                          .w_log = pointer<float>(w_log_A),
+                                          .k = pointer<Element>(k_BTA),
+                                          .v = pointer<Element>(v_BTA),
+                                          .u = pointer<float>(u_A),
+                                          .state = pointer<float>(state_B3A),
+                                          .r = pointer<Element>(r_BTA),
+                                          .starts = pointer<bool>(starts_BT),
+                                          .carries = pointer<float>(carries),
+                                          .dy = pointer<Element>(dy_BTA),
+                                          .dstate_out = pointer<float>(dstate_out_B3A),
+                                          .dw_log = mutable_pointer<float>(dw_A),
+                                          .dk = mutable_pointer<Element>(dk_BTA),
+                                          .dv = mutable_pointer<Element>(dv_BTA),
+                                          .du = mutable_pointer<float>(du_A),
+                                          .dstate = mutable_pointer<float>(dstate_B3A),
+                                          .dr = mutable_pointer<Element>(dr_BTA),
+                                          .scratch = mutable_pointer<float>(scratch)};
+    RWKV_CUDA_CHECK(launch_wkv4_backward(kKernel, arguments, current_stream()),
+                    "wkv4 backward of ",
+                    k_BTA.sizes());
   });
   return {dw_A, dk_BTA, dv_BTA, du_A, dstate_B3A, dr_BTA};
 }

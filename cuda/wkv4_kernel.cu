@@ -1,109 +1,137 @@
-// Launches wkv4 by the kernel's name, and does what no kernel is needed for: no tokens.
-#include <cuda_bf16.h>
-
+// The launchers of wkv4: what is common to its kernels, and the choice of one.
+#include "cuda/launch.h"
+#include "cuda/vector_io.cuh"
 #include "cuda/wkv4_kernel.h"
-#include "cuda/wkv4_kernels.h"
+#include "cuda/wkv4_launch.h"
 
 namespace rwkv {
+namespace wkv4 {
 namespace {
 
-template <typename Element>
-bool is_empty(const Wkv4Inputs<Element>& in) {
-  return in.batch_size == 0 || in.dim_att == 0;
+// A block sums 32 columns: its 32 warps take every 32nd row each, and warp 0 adds what they found.
+constexpr int kColumns = kWarpSize;
+constexpr int kRowWarps = 32;
+
+__global__ void __launch_bounds__(kColumns* kRowWarps) sum_rows_kernel(const float* __restrict__ x,
+                                                                       int64_t rows,
+                                                                       int64_t dim,
+                                                                       float* __restrict__ out) {
+  auto* partial = static_cast<float*>(shared_memory());
+  const int lane = static_cast<int>(threadIdx.x) % kColumns;
+  const int warp = static_cast<int>(threadIdx.x) / kColumns;
+  const int64_t c = static_cast<int64_t>(blockIdx.x) * kColumns + lane;
+  float sum = 0.0f;
+  if (c < dim) {
+#pragma unroll 4
+    for (int64_t row = warp; row < rows; row += kRowWarps) {
+      sum += x[row * dim + c];
+    }
+  }
+  partial[threadIdx.x] = sum;
+  __syncthreads();
+  if (warp == 0 && c < dim) {
+    float total = 0.0f;
+    for (int i = 0; i < kRowWarps; ++i) {
+      total += partial[i * kColumns + lane];
+    }
+    out[c] = total;
+  }
 }
 
-size_t bytes_of(int64_t floats) {
-  return static_cast<size_t>(floats) * sizeof(float);
+cudaError_t set_zero(float* x, int64_t size, cudaStream_t stream) {
+  return cudaMemsetAsync(x, 0, static_cast<size_t>(size) * sizeof(float), stream);
 }
-
-template <typename Element>
-cudaError_t forward_without_tokens(const Wkv4Forward<Element>& pass, cudaStream_t stream) {
-  return cudaMemcpyAsync(pass.state_out,
-                         pass.in.state,
-                         bytes_of(pass.in.batch_size * 3 * pass.in.dim_att),
-                         cudaMemcpyDeviceToDevice,
-                         stream);
-}
-
-template <typename Element>
-cudaError_t backward_without_tokens(const Wkv4Backward<Element>& pass, cudaStream_t stream) {
-  const int64_t dim_att = pass.in.dim_att;
-  const int64_t batch_size = pass.in.batch_size;
-  cudaError_t error = cudaMemsetAsync(pass.dw, 0, bytes_of(dim_att), stream);
-  if (error == cudaSuccess) {
-    error = cudaMemsetAsync(pass.du, 0, bytes_of(dim_att), stream);
-  }
-  if (error == cudaSuccess) {
-    error = cudaMemsetAsync(pass.dstate, 0, bytes_of(batch_size * 3 * dim_att), stream);
-  }
-  if (error != cudaSuccess || pass.dstate_out == nullptr) {
-    return error;
-  }
-  // a and b; p has no gradient.
-  return cudaMemcpy2DAsync(pass.dstate,
-                           bytes_of(3 * dim_att),
-                           pass.dstate_out,
-                           bytes_of(3 * dim_att),
-                           bytes_of(2 * dim_att),
-                           static_cast<size_t>(batch_size),
-                           cudaMemcpyDeviceToDevice,
-                           stream);
+// x, or zeros where it is null.
+cudaError_t hand_on(const float* x, float* out, int64_t size, cudaStream_t stream) {
+  return x == nullptr ? set_zero(out, size, stream)
+                      : cudaMemcpyAsync(out,
+                                        x,
+                                        static_cast<size_t>(size) * sizeof(float),
+                                        cudaMemcpyDeviceToDevice,
+                                        stream);
 }
 
 }  // namespace
 
-int64_t wkv4_scratch_floats(
-    Wkv4Kernel kernel, Wkv4Pass pass, int64_t batch_size, int64_t /*seq_len*/, int64_t dim_att) {
+cudaError_t launch_sum_rows(
+    const float* x, int64_t rows, int64_t dim, float* out, cudaStream_t stream) {
+  const LaunchShape shape{.grid = dim3(static_cast<unsigned>(ceil_div(dim, kColumns))),
+                          .block = dim3(kColumns * kRowWarps),
+                          .shared_bytes = kColumns * kRowWarps * sizeof(float)};
+  return launch_kernel(&sum_rows_kernel, shape, stream, x, rows, dim, out);
+}
+
+}  // namespace wkv4
+
+int64_t wkv4_carries_floats(int64_t B, int64_t T, int64_t A) {
+  return B * (wkv4::num_tiles(T) + 1) * 3 * A;
+}
+
+template <typename Element>
+int64_t wkv4_scratch_floats(Wkv4Kernel kernel, int64_t B, int64_t T, int64_t A, bool backward) {
+  if (B == 0 || T == 0 || A == 0) {
+    return 0;
+  }
   switch (kernel) {
     case Wkv4Kernel::kPlain:
-      return wkv4_plain_scratch_floats(pass, batch_size, dim_att);
+      return wkv4::plain_scratch_floats(B, A, backward);
     case Wkv4Kernel::kChunkScan:
+      return wkv4::chunk_scan_scratch_floats<Element>(B, T, A, backward);
     case Wkv4Kernel::kClusterScan:
-      return 0;
+      return wkv4::cluster_scan_scratch_floats<Element>(B, T, A, backward);
   }
   return 0;
 }
 
 template <typename Element>
-cudaError_t launch_wkv4(Wkv4Kernel kernel, const Wkv4Forward<Element>& pass, cudaStream_t stream) {
-  if (is_empty(pass.in)) {
+cudaError_t launch_wkv4(Wkv4Kernel kernel, const Wkv4Forward<Element>& args, cudaStream_t stream) {
+  if (args.B == 0 || args.A == 0) {
     return cudaSuccess;
   }
-  if (pass.in.seq_len == 0) {
-    return forward_without_tokens(pass, stream);
+  if (args.T == 0) {
+    return wkv4::hand_on(args.state, args.state_out, args.B * 3 * args.A, stream);
   }
   switch (kernel) {
     case Wkv4Kernel::kPlain:
-      return launch_wkv4_plain(pass, stream);
+      return wkv4::launch_plain(args, stream);
     case Wkv4Kernel::kChunkScan:
+      return wkv4::launch_chunk_scan(args, stream);
     case Wkv4Kernel::kClusterScan:
-      return cudaErrorNotSupported;
+      return wkv4::launch_cluster_scan(args, stream);
   }
   return cudaErrorInvalidValue;
 }
 
 template <typename Element>
 cudaError_t launch_wkv4_backward(Wkv4Kernel kernel,
-                                 const Wkv4Backward<Element>& pass,
+                                 const Wkv4Backward<Element>& args,
                                  cudaStream_t stream) {
-  if (is_empty(pass.in)) {
+  if (args.A == 0) {
     return cudaSuccess;
   }
-  if (pass.in.seq_len == 0) {
-    return backward_without_tokens(pass, stream);
+  if (args.B == 0 || args.T == 0) {
+    cudaError_t error = wkv4::set_zero(args.dw_log, args.A, stream);
+    if (error == cudaSuccess) {
+      error = wkv4::set_zero(args.du, args.A, stream);
+    }
+    return error == cudaSuccess && args.B > 0
+               ? wkv4::hand_on(args.dstate_out, args.dstate, args.B * 3 * args.A, stream)
+               : error;
   }
   switch (kernel) {
     case Wkv4Kernel::kPlain:
-      return launch_wkv4_plain_backward(pass, stream);
+      return wkv4::launch_plain_backward(args, stream);
     case Wkv4Kernel::kChunkScan:
+      return wkv4::launch_chunk_scan_backward(args, stream);
     case Wkv4Kernel::kClusterScan:
-      return cudaErrorNotSupported;
+      return wkv4::launch_cluster_scan_backward(args, stream);
   }
   return cudaErrorInvalidValue;
 }
 
-#define RWKV_INSTANTIATE(Element)                                                          \
-  template cudaError_t launch_wkv4(Wkv4Kernel, const Wkv4Forward<Element>&, cudaStream_t); \
+#define RWKV_INSTANTIATE(Element)                                                             \
+  template int64_t wkv4_scratch_floats<Element>(Wkv4Kernel, int64_t, int64_t, int64_t, bool); \
+  template cudaError_t launch_wkv4(Wkv4Kernel, const Wkv4Forward<Element>&, cudaStream_t);    \
   template cudaError_t launch_wkv4_backward(Wkv4Kernel, const Wkv4Backward<Element>&, cudaStream_t);
 RWKV_INSTANTIATE(float)
 RWKV_INSTANTIATE(__nv_bfloat16)

@@ -1,8 +1,10 @@
-// Launchers of wkv4 (model/ops/wkv4.h, which has the equations). Three kernels compute the same,
-// each the others' second opinion:
-//   kPlain        one thread per channel walks all of T                                     sm_80
-//   up kChunkScan    tiles of tokens side by side, T cut into segments where that fills the GPU
-//   sm_80 up kClusterScan  the same with a cluster of blocks along T and bulk copies sm_90 up
+// Launchers of wkv4 and its backward (model/ops/wkv4.h has the equations).
+//
+// Three kernels give the same results up to rounding, and each is the others' second opinion:
+//   kPlain        a thread walks T for one (batch row, channel); latency of a step sets its time
+//   kChunkScan    the default: tiles of 128 tokens, in sub-chunks of 16 that threads share
+//   kClusterScan  the same tiles, those of one sequence on the blocks of a cluster; sm_90 and up
+// cuda/README.md has their plan and what was tried and dropped.
 #pragma once
 
 #include <cstdint>
@@ -13,72 +15,67 @@ namespace rwkv {
 
 enum class Wkv4Kernel { kPlain, kChunkScan, kClusterScan };
 
-// Tokens between two states that forward saves for backward, and the number of them in a row: those
-// before tokens 0, 128, 256 ... and the one after the last token.
-constexpr int64_t kWkv4CarryTokens = 128;
-constexpr int64_t wkv4_num_carries(int64_t seq_len) {
-  return (seq_len + kWkv4CarryTokens - 1) / kWkv4CarryTokens + 1;
-}
+// A state is kept for backward before every kWkv4CarryLen-th token.
+constexpr int64_t kWkv4CarryLen = 128;
 
-// What forward and backward share. All pointers are to device memory of contiguous tensors;
-// `Element` is float or __nv_bfloat16, arithmetic fp32. Outputs may not overlap inputs.
+// Number of floats that `carries` has. It is [B, ceil(T / 128) + 1, 3, A]: (a, b, p) before every
+// 128th token and, last, after the final one, as a 2^p and b 2^p. Any forward kernel may be
+// followed by any backward kernel.
+int64_t wkv4_carries_floats(int64_t B, int64_t T, int64_t A);
+
+// Number of floats of scratch memory that a launch needs on the current device; may be zero.
 template <typename Element>
-struct Wkv4Inputs {
-  int64_t batch_size = 0;
-  int64_t seq_len = 0;
-  int64_t dim_att = 0;
-  const float* w_log = nullptr;  // [A], each < 0
-  const Element* k = nullptr;    // [B, T, A]
-  const Element* v = nullptr;    // [B, T, A]
-  const float* u = nullptr;      // [A]
-  const float* state = nullptr;  // [B, 3, A]: a, b, p with A = a e^p, B = b e^p
-  const Element* r = nullptr;    // [B, T, A], the gate; null for none
-  const bool* starts = nullptr;  // [B, T], null for none: a document starts at this token, and
-                                 // nothing before it, the given state included, reaches it
-};
+int64_t wkv4_scratch_floats(Wkv4Kernel kernel, int64_t B, int64_t T, int64_t A, bool backward);
 
+// All pointers are to device memory, contiguous; `Element` is float or __nv_bfloat16, arithmetic is
+// fp32. Outputs may not overlap inputs.
 template <typename Element>
 struct Wkv4Forward {
-  Wkv4Inputs<Element> in;
-  Element* y = nullptr;        // [B, T, A]; o where there is a gate
-  float* state_out = nullptr;  // [B, 3, A]
-  // [B, wkv4_num_carries(T), 3, A], as a, b, p with A = a 2^p, B = b 2^p: any kernel's forward may
-  // be followed by any kernel's backward, which applies a start at the carry's own token. The last
-  // is state_out with p in base 2: dstate_out is in units of that p, and each kernel has its own
-  // way to choose p. Null: not wanted.
-  float* carries = nullptr;
-  float* scratch = nullptr;  // wkv4_scratch_floats(..., kForward) numbers
+  int64_t B, T, A;
+  const float* w_log;  // [A], each below 0
+  const Element* k;    // [B, T, A]
+  const Element* v;    // [B, T, A]
+  const float* u;      // [A]
+  const float* state;  // [B, 3, A]: a, b, p before the first token, as a e^p and b e^p
+  const Element* r;    // [B, T, A]; null: no gate
+  const bool* starts;  // [B, T]: a document starts at this token; null: nowhere
+  Element* y;          // [B, T, A]: sigmoid(r) y where there is a gate
+  float* state_out;    // [B, 3, A], after the last token
+  float* carries;      // as above, for backward; null: not wanted
+  float* scratch;      // wkv4_scratch_floats(..., false)
 };
 
 template <typename Element>
 struct Wkv4Backward {
-  Wkv4Inputs<Element> in;
-  const float* carries = nullptr;     // of forward
-  const Element* dy = nullptr;        // [B, T, A]
-  const float* dstate_out = nullptr;  // [B, 3, A], null for zeros; that of p is ignored
-  float* dw = nullptr;                // [A], of w_log
-  Element* dk = nullptr;              // [B, T, A]
-  Element* dv = nullptr;              // [B, T, A]
-  float* du = nullptr;                // [A]
-  float* dstate = nullptr;            // [B, 3, A]; that of p is zero
-  Element* dr = nullptr;              // [B, T, A]; null without a gate
-  float* scratch = nullptr;           // wkv4_scratch_floats(..., kBackward) numbers
+  int64_t B, T, A;
+  const float* w_log;
+  const Element* k;
+  const Element* v;
+  const float* u;
+  const float* state;
+  const Element* r;
+  const bool* starts;
+  const float* carries;     // forward's
+  const Element* dy;        // [B, T, A]
+  const float* dstate_out;  // [B, 3, A], the last row ignored; null: zero
+  float* dw_log;            // [A]
+  Element* dk;              // [B, T, A]
+  Element* dv;              // [B, T, A]
+  float* du;                // [A]
+  float* dstate;            // [B, 3, A], the last row zero
+  Element* dr;              // [B, T, A]; null without gate
+  float* scratch;           // wkv4_scratch_floats(..., true)
 };
 
-enum class Wkv4Pass { kForward, kBackward };
-// Numbers of scratch on the current device; may be 0.
-int64_t wkv4_scratch_floats(
-    Wkv4Kernel kernel, Wkv4Pass pass, int64_t batch_size, int64_t seq_len, int64_t dim_att);
-
-// T = 0 returns the state as it is (backward: dstate = dstate_out, other gradients zero); B or A =
-// 0 launches nothing. Sums over B and T have a fixed order: two runs give the same bits. Returns
-// the launch's error; cudaErrorNotSupported if the kernel cannot do it: kClusterScan needs sm_90
-// and rows of k, v, r and dy that are multiples of 16 bytes.
+// With T = 0 the state is handed on as it is, and so is its gradient. Sums have a fixed order: two
+// runs give the same bits. kClusterScan gives cudaErrorNotSupported below compute capability 9.0
+// and where rows are not whole 16-byte pieces: A no multiple of 8 in bf16 or of 4 in fp32, or an
+// input not so aligned. Other errors are the launch's.
 template <typename Element>
-cudaError_t launch_wkv4(Wkv4Kernel kernel, const Wkv4Forward<Element>& pass, cudaStream_t stream);
+cudaError_t launch_wkv4(Wkv4Kernel kernel, const Wkv4Forward<Element>& args, cudaStream_t stream);
 template <typename Element>
 cudaError_t launch_wkv4_backward(Wkv4Kernel kernel,
-                                 const Wkv4Backward<Element>& pass,
+                                 const Wkv4Backward<Element>& args,
                                  cudaStream_t stream);
 
 }  // namespace rwkv

@@ -87,13 +87,16 @@ def sizes_of(device, quick):
                      decode=[("bf16", ["--shape", "M"])])
     return Sizes(
         **training,
-        ops=[("bf16", ["--shape", "L12", "--repeats", "5"]),
-             ("bf16", ["--shape", "L24", "--repeats", "5"])],
-        steps=[("bf16", ["--shape", "L12"]), ("bf16", ["--shape", "L24"]),
+        # Each op is timed in the step, and the kernels of wkv4 beside each other.
+        ops=[],
+        steps=[("bf16", ["--shape", "L12"]),
+               ("bf16", ["--shape", "L24", "--recompute", "mixes"]),
                ("bf16", ["--shape", "S"]), ("bf16", ["--shape", "M"]),
-               ("fp32", ["--shape", "L12"]),
+               ("fp32", ["--shape", "L12", "--recompute", "mixes"]),
+               ("bf16", ["--shape", "L12", "--recompute", "blocks"]),
                # As many tokens a step at every length.
-               *[("bf16", ["--shape", "L12", "--batch", batch, "--ctx-len", ctx_len])
+               *[("bf16", ["--shape", "L12", "--batch", batch, "--ctx-len", ctx_len,
+                           "--recompute", "mixes"])
                  for batch, ctx_len in (("64", "1024"), ("16", "4096"), ("1", "65536"))]],
         decode=[("bf16", ["--shape", "L12"]), ("bf16", ["--shape", "L24"])])
 
@@ -408,6 +411,24 @@ class Report:
         self.timings.append(timing)
         print(f"{command}: {timing.get('left_out', 'timed')}", flush=True)
 
+    def time_kernels(self, runner):
+        """The kernels of wkv4 beside their bytes, which no benchmark of rookery tells apart."""
+        timing = {"command": "bench_wkv4_kernels", "rows": []}
+        begin = time.monotonic()
+        if self.failed(("kernels",)):
+            timing["left_out"] = "kernels failed"
+        else:
+            done = runner.run("bench_wkv4_kernels")
+            if done.returncode == 0:
+                lines = [json.loads(line) for line in done.stdout.splitlines()]
+                timing["copy_gb_per_s"] = lines[0]["copy_gb_per_s"]
+                timing["kernels"] = lines[1:]
+            else:
+                timing["left_out"] = f"ended with {done.returncode}: {last_line(done.stderr)}"
+        timing["seconds"] = round(time.monotonic() - begin, 1)
+        self.timings.append(timing)
+        print(f"bench_wkv4_kernels: {timing.get('left_out', 'timed')}", flush=True)
+
     def all_well(self):
         return (all(check["result"] != "failed" for check in self.checks)
                 and all("left_out" not in timing for timing in self.timings))
@@ -450,6 +471,13 @@ def to_markdown(report):
         if "left_out" in timing:
             lines.append(f"Left out: {timing['left_out']}")
             continue
+        if "kernels" in timing:
+            lines += [f"copy_gb_per_s {timing['copy_gb_per_s']}; microseconds, and times the floor", "",
+                      "| kernel | shape | forward | | backward | |", "| --- |" + " --- |" * 5]
+            lines += [f"| {row['kernel']} | {row['shape']} | {row['forward_us']} | "
+                      f"{row['forward_over_floor']} | {row['backward_us']} | "
+                      f"{row['backward_over_floor']} |" for row in timing["kernels"]]
+            continue
         conditions = timing["rows"][0]["conditions"]
         lines += [", ".join(f"{name} {format_number(value)}" for name, value in conditions.items()),
                   "", *table(timing["rows"])]
@@ -484,6 +512,8 @@ def make_report(runner, sizes):
                    (*needed, f"steps {dtype}", f"graph {dtype}"))
     for dtype, arguments in sizes.decode:
         found.time(runner, ["decode", "--dtype", dtype, *arguments], (*needed, f"steps {dtype}"))
+    if runner.device != "cpu":
+        found.time_kernels(runner)
     for dtype, arguments in sizes.ops:
         found.time(runner, ["ops", "--dtype", dtype, *arguments], ("kernels",))
     return facts, found

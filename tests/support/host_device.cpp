@@ -45,6 +45,12 @@ void store(uint64_t* barrier, BarrierWord word) {
 
 struct Block;
 
+struct ThreadCopy {
+  void* to;
+  const void* from;
+  uint32_t bytes;
+};
+
 struct Fiber {
   ucontext_t context;
   ThreadPlace place;
@@ -58,6 +64,8 @@ struct Fiber {
   uint32_t parity = 0;
   uint32_t mask = 0;  // of the lanes it waits for
   void* fake_stack = nullptr;
+  // Groups of asynchronous copies; the last one is still open.
+  std::deque<std::vector<ThreadCopy>> copies{1};
 };
 
 struct Warp {
@@ -453,6 +461,29 @@ void* peer_shared(void* own, uint32_t rank) {
   return static_cast<char*>(block.cluster->blocks[rank].shared.get()) + offset;
 }
 
+void async_copy(void* shared, const void* global, uint32_t bytes) {
+  if (reinterpret_cast<uintptr_t>(shared) % bytes != 0 ||
+      reinterpret_cast<uintptr_t>(global) % bytes != 0) {
+    std::fprintf(stderr, "host device: a copy of %u bytes is not aligned to its size\n", bytes);
+    std::abort();
+  }
+  self().copies.back().push_back({shared, global, bytes});
+}
+
+void async_copy_commit() {
+  self().copies.emplace_back();
+}
+
+void async_copy_wait(int pending) {
+  auto& groups = self().copies;
+  while (groups.size() > static_cast<size_t>(pending) + 1) {
+    for (const ThreadCopy& copy : groups.front()) {
+      std::memcpy(copy.to, copy.from, copy.bytes);
+    }
+    groups.pop_front();
+  }
+}
+
 void mbarrier_init(uint64_t* barrier, uint32_t expected) {
   const BarrierWord word{.expected = static_cast<uint16_t>(expected),
                          .pending = static_cast<uint16_t>(expected),
@@ -492,8 +523,7 @@ void bulk_copy(void* shared, const void* global, uint32_t bytes, uint64_t* barri
 
 }  // namespace rwkv::host_device
 
-// ---- The part of the CUDA runtime that launchers and tests call
-// ----------------------------------
+// ---- The part of the CUDA runtime that launchers and tests call ---------------------------------
 
 // A few, so that the launchers' loops over a small grid take several turns.
 constexpr int kMultiprocessors = 3;

@@ -8,14 +8,15 @@
 //   - an instruction that C++ has no word for stands in cuda/intrinsics.cuh, with its twin here.
 // What makes mistakes show: shared memory is poisoned with NaN before every block and lies in its
 // own allocation, for AddressSanitizer to watch; the order in which waiting fibers go on can be
-// shuffled (set_lane_order), so that a missing barrier changes results; a bulk copy is carried out
-// only once nothing else can run, so that reading before it has arrived gives NaN; a wait that
-// never ends is named and aborts.
+// shuffled (set_lane_order), so that a missing barrier changes results; a thread's asynchronous
+// copy is carried out only when the thread waits for it, a bulk copy only once nothing else can
+// run, so that reading before it has arrived gives NaN; a wait that never ends is named and aborts.
 //
 // Source: the CUDA C++ Programming Guide, 13.0: thread hierarchy, warp functions, clusters,
 // asynchronous barriers.
 #pragma once
 
+#include <algorithm>
 #include <cmath>
 #include <cstdint>
 #include <cstring>
@@ -76,6 +77,12 @@ uint32_t cluster_rank();
 uint32_t cluster_size();
 void cluster_barrier();
 void* peer_shared(void* own, uint32_t rank);
+
+// Copies of a thread, carried out when it waits for their group: at most `pending` newer groups
+// stay under way.
+void async_copy(void* shared, const void* global, uint32_t bytes);
+void async_copy_commit();
+void async_copy_wait(int pending);
 
 // An mbarrier: `expected` arrivals and all announced bytes end a phase.
 void mbarrier_init(uint64_t* barrier, uint32_t expected);
@@ -177,6 +184,9 @@ inline int __any_sync(uint32_t mask, int predicate) {
 inline int __all_sync(uint32_t mask, int predicate) {
   return __ballot_sync(mask, predicate) == mask;
 }
+// Built into nvcc.
+using std::max;
+using std::min;
 template <typename Value>
 Value __ldg(const Value* from) {
   return *from;
