@@ -410,8 +410,16 @@ class Config(BadInput):
         self.refuses("train --config bad.toml", USAGE, "bad.toml:2: ", "utf-8")
 
     def test_that_asks_for_another_device(self):
-        self.refuses_config(self.changed("threads = 1", 'threads = 1\ndevice = "cuda"'),
-                            'train.device = "cuda"', '"cpu" only', "leave the key out")
+        self.refuses_config(self.changed("threads = 1", 'threads = 1\ndevice = "gpu"'),
+                            'train.device = "gpu"', 'expected "cpu", "cuda", or "cuda:1"')
+
+    @unittest.skipIf(pathlib.Path("/proc/driver/nvidia/version").exists(), "there is a driver here")
+    def test_that_asks_for_a_gpu_where_there_is_none(self):
+        self.refuses("train --config new.toml --set train.device=cuda", FAILED,
+                     'train.device = "cuda": no NVIDIA driver is installed here',
+                     'install one for CUDA 13.0 or newer, or use "cpu"')
+        self.refuses("logits --model run --tokens 1,2 --device cuda:1", FAILED,
+                     "--device cuda:1: no NVIDIA driver is installed here")
 
     def test_that_contradicts_the_run_it_would_go_on_with(self):
         self.refuses("train --config run.toml --set model.n_layer=3 --set schedule.lr_init=0.5",
