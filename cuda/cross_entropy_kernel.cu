@@ -278,18 +278,6 @@ __global__ void __launch_bounds__(kThreads, 2) cross_entropy_gradient_kernel(Ele
   }
 }
 
-__global__ void __launch_bounds__(kThreads) sum_scaled_kernel(
-    const float* __restrict__ x, int64_t n, float factor, float* out, SumInto into) {
-  double sum = 0;
-  for (int64_t i = threadIdx.x; i < n; i += kThreads) {
-    sum += x[i];
-  }
-  sum = factor * block_sum<kWarps>(sum, static_cast<double*>(shared_memory()));
-  if (threadIdx.x == 0) {
-    *out = static_cast<float>(into == SumInto::kAdd ? *out + sum : sum);
-  }
-}
-
 // The dynamic shared memory of a block of which two share a multiprocessor.
 cudaError_t shared_bytes_of_half(int64_t* bytes) {
   int device = 0, total = 0, reserved = 0;
@@ -396,19 +384,6 @@ cudaError_t launch_cross_entropy_gradient(Element* logits,
                           ? &launch_gradient<Element, kPackedWidth<Element>>
                           : &launch_gradient<Element, 1>;
   return launch(logits, targets, losses, N, V, V_padded, l2wrap, scale, stream);
-}
-
-cudaError_t launch_sum_scaled(
-    const float* x, int64_t n, float factor, float* out, SumInto into, cudaStream_t stream) {
-  return launch_kernel(
-      &sum_scaled_kernel,
-      {.grid = dim3(1), .block = dim3(kThreads), .shared_bytes = kWarps * sizeof(double)},
-      stream,
-      x,
-      n,
-      factor,
-      out,
-      into);
 }
 
 #define RWKV_INSTANTIATE(Element)                                                       \

@@ -1,5 +1,4 @@
-// Launchers of the loss (model/ops/cross_entropy.h) over rows of logits that are padded, and of the
-// sum of its losses.
+// Launchers of the loss (model/ops/cross_entropy.h) over rows of logits that are padded.
 #pragma once
 
 #include <cstdint>
@@ -44,12 +43,5 @@ cudaError_t launch_cross_entropy_gradient(Element* logits,
                                           float l2wrap,
                                           float scale,
                                           cudaStream_t stream);
-
-enum class SumInto { kOverwrite, kAdd };
-
-// out = factor sum_i x_i, or out = out + factor sum_i x_i; x [n], out [1], fp32. The sum is of
-// doubles, in a fixed order. n = 0 is a sum of zero.
-cudaError_t launch_sum_scaled(
-    const float* x, int64_t n, float factor, float* out, SumInto into, cudaStream_t stream);
 
 }  // namespace rwkv

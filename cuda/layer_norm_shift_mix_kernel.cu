@@ -23,7 +23,6 @@
 // at C 2048.
 #include <algorithm>
 #include <initializer_list>
-#include <iterator>
 #include <type_traits>
 
 #include "cuda/column_sum_kernel.h"
@@ -187,7 +186,7 @@ __device__ __forceinline__ float mix_with(float before, float n, float mu) {
 
 // ---- Forward ------------------------------------------------------------------------------------
 
-template <typename Element, bool kVectors, bool kSavedStatistics>
+template <typename Element, bool kVectors>
 struct ForwardWalk {
   const LayerNormShiftMixForward<Element>& a;
   Channels<kVectors> channels;
@@ -289,20 +288,13 @@ struct ForwardWalk {
     float n[kTokens][kPerThread];  // s at first
     load_sums(token, begin, n);
     Statistics statistics[kTokens];
-    if constexpr (kSavedStatistics) {
+    compute_statistics(n, statistics);
+    if (threadIdx.x == 0) {
 #pragma unroll
       for (int k = 0; k < kTokens; ++k) {
-        statistics[k] = {a.statistics[2 * (token + k)], a.statistics[2 * (token + k) + 1]};
-      }
-    } else {
-      compute_statistics(n, statistics);
-      if (threadIdx.x == 0) {
-#pragma unroll
-        for (int k = 0; k < kTokens; ++k) {
-          if (token + k >= begin) {
-            a.statistics[2 * (token + k)] = statistics[k].mean;
-            a.statistics[2 * (token + k) + 1] = statistics[k].rstd;
-          }
+        if (token + k >= begin) {
+          a.statistics[2 * (token + k)] = statistics[k].mean;
+          a.statistics[2 * (token + k) + 1] = statistics[k].rstd;
         }
       }
     }
@@ -345,18 +337,17 @@ struct ForwardWalk {
   }
 };
 
-template <typename Element, bool kVectors, bool kSavedStatistics>
+template <typename Element, bool kVectors>
 __global__ void __launch_bounds__(kVectors ? kVectorThreads : kMaxWarps* kWarpSize)
     layer_norm_shift_mix_kernel(const LayerNormShiftMixForward<Element> a, bool vectors) {
   constexpr int kTokens = kForwardTokens<kVectors>;
   const int64_t n_embd = a.sizes.n_embd;
   const Channels<kVectors> channels(n_embd, vectors);
-  ForwardWalk<Element, kVectors, kSavedStatistics> walk{
-      .a = a,
-      .channels = channels,
-      .weight = Row<Element, kVectors>(channels, a.weight),
-      .bias = Row<Element, kVectors>(channels, a.bias),
-      .before = {}};
+  ForwardWalk<Element, kVectors> walk{.a = a,
+                                      .channels = channels,
+                                      .weight = Row<Element, kVectors>(channels, a.weight),
+                                      .bias = Row<Element, kVectors>(channels, a.bias),
+                                      .before = {}};
   const bool shifts = a.sizes.num_mixes > 0;
   const Tokens tokens = own_tokens(a.sizes.batch_size * a.sizes.seq_len);
   int64_t begin = tokens.begin;
@@ -380,7 +371,7 @@ __global__ void __launch_bounds__(kVectors ? kVectorThreads : kMaxWarps* kWarpSi
         walk.template walk<1>(token, begin);
       }
     }
-    if (shifts && !kSavedStatistics && end == row_end) {
+    if (shifts && end == row_end) {
       channels.store(a.last + row * n_embd, walk.before);
     }
     begin = end;
@@ -803,35 +794,6 @@ bool are_vectors(const LayerNormShiftMixSizes& sizes,
   return sizes.n_embd % kPerThread == 0 && bits % 16 == 0;
 }
 
-template <typename Element, bool kSavedStatistics>
-cudaError_t launch_forward(const LayerNormShiftMixForward<Element>& a, cudaStream_t stream) {
-  if (is_empty(a.sizes)) {
-    return cudaSuccess;
-  }
-  if (!is_valid(a.sizes)) {
-    return cudaErrorInvalidValue;
-  }
-  int64_t blocks = 0;
-  const cudaError_t error = num_blocks(a.sizes, &blocks);
-  if (error != cudaSuccess) {
-    return error;
-  }
-  const bool vectors = are_vectors(
-      a.sizes, {a.x, a.delta, a.weight, a.bias, a.carry, a.mix, a.sum, a.last}, a.mixed);
-  if (vectors && threads_of(a.sizes) <= kVectorThreads) {
-    return launch_kernel(&layer_norm_shift_mix_kernel<Element, true, kSavedStatistics>,
-                         shape_of(a.sizes, blocks, kForwardTokens<true>),
-                         stream,
-                         a,
-                         vectors);
-  }
-  return launch_kernel(&layer_norm_shift_mix_kernel<Element, false, kSavedStatistics>,
-                       shape_of(a.sizes, blocks, kForwardTokens<false>),
-                       stream,
-                       a,
-                       vectors);
-}
-
 template <typename Element, int kMixes>
 cudaError_t launch_backward_of(const LayerNormShiftMixBackward<Element>& a,
                                int64_t blocks,
@@ -869,22 +831,32 @@ constexpr BackwardLauncher<Element> kBackwardLaunchers[kMaxMixes + 1] = {
 template <typename Element>
 cudaError_t launch_layer_norm_shift_mix(const LayerNormShiftMixForward<Element>& arguments,
                                         cudaStream_t stream) {
-  return launch_forward<Element, false>(arguments, stream);
-}
-
-template <typename Element>
-cudaError_t launch_layer_norm_shift_mix_again(const LayerNormShiftMixAgain<Element>& arguments,
-                                              cudaStream_t stream) {
-  LayerNormShiftMixForward<Element> forward{.sizes = arguments.sizes,
-                                            .x = arguments.sum,
-                                            .weight = arguments.weight,
-                                            .bias = arguments.bias,
-                                            .carry = arguments.carry,
-                                            .mix = arguments.mix,
-                                            // Only read.
-                                            .statistics = const_cast<float*>(arguments.statistics)};
-  std::copy(std::begin(arguments.mixed), std::end(arguments.mixed), forward.mixed);
-  return launch_forward<Element, true>(forward, stream);
+  const auto& a = arguments;
+  if (is_empty(a.sizes)) {
+    return cudaSuccess;
+  }
+  if (!is_valid(a.sizes)) {
+    return cudaErrorInvalidValue;
+  }
+  int64_t blocks = 0;
+  const cudaError_t error = num_blocks(a.sizes, &blocks);
+  if (error != cudaSuccess) {
+    return error;
+  }
+  const bool vectors = are_vectors(
+      a.sizes, {a.x, a.delta, a.weight, a.bias, a.carry, a.mix, a.sum, a.last}, a.mixed);
+  if (vectors && threads_of(a.sizes) <= kVectorThreads) {
+    return launch_kernel(&layer_norm_shift_mix_kernel<Element, true>,
+                         shape_of(a.sizes, blocks, kForwardTokens<true>),
+                         stream,
+                         a,
+                         vectors);
+  }
+  return launch_kernel(&layer_norm_shift_mix_kernel<Element, false>,
+                       shape_of(a.sizes, blocks, kForwardTokens<false>),
+                       stream,
+                       a,
+                       vectors);
 }
 
 template <typename Element>
@@ -926,12 +898,10 @@ int64_t layer_norm_shift_mix_scratch_size(const LayerNormShiftMixSizes& sizes) {
   return blocks * (2 + sizes.num_mixes) * sizes.n_embd;
 }
 
-#define RWKV_INSTANTIATE(Element)                                                                \
-  template cudaError_t launch_layer_norm_shift_mix(const LayerNormShiftMixForward<Element>&,     \
-                                                   cudaStream_t);                                \
-  template cudaError_t launch_layer_norm_shift_mix_again(const LayerNormShiftMixAgain<Element>&, \
-                                                         cudaStream_t);                          \
-  template cudaError_t launch_layer_norm_shift_mix_backward(                                     \
+#define RWKV_INSTANTIATE(Element)                                                            \
+  template cudaError_t launch_layer_norm_shift_mix(const LayerNormShiftMixForward<Element>&, \
+                                                   cudaStream_t);                            \
+  template cudaError_t launch_layer_norm_shift_mix_backward(                                 \
       const LayerNormShiftMixBackward<Element>&, cudaStream_t);
 RWKV_INSTANTIATE(float)
 RWKV_INSTANTIATE(__nv_bfloat16)

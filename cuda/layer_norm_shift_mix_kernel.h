@@ -46,22 +46,6 @@ template <typename Element>
 cudaError_t launch_layer_norm_shift_mix(const LayerNormShiftMixForward<Element>& arguments,
                                         cudaStream_t stream);
 
-// The mixes once more, bit for bit, from what forward has saved.
-template <typename Element>
-struct LayerNormShiftMixAgain {
-  LayerNormShiftMixSizes sizes;
-  const Element* sum = nullptr;  // x, where there was no delta
-  const float* statistics = nullptr;
-  const Element* weight = nullptr;
-  const Element* bias = nullptr;
-  const Element* carry = nullptr;
-  const Element* mix = nullptr;
-  Element* mixed[kMaxMixes] = {};
-};
-template <typename Element>
-cudaError_t launch_layer_norm_shift_mix_again(const LayerNormShiftMixAgain<Element>& arguments,
-                                              cudaStream_t stream);
-
 // Shapes are those of the tensors that the gradients belong to.
 template <typename Element>
 struct LayerNormShiftMixBackward {

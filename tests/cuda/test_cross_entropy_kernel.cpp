@@ -259,29 +259,5 @@ TYPED_TEST(CrossEntropyKernel, RejectsSizesAndLaunchesNothingForNoRows) {
   EXPECT_EQ(launch(1, 9, int64_t{1} << 31), cudaErrorInvalidValue);
 }
 
-TEST(SumScaledKernel, AddsInDoubleAndOverwritesOrAdds) {
-  for (const int64_t n : {0, 1, 31, 511, 512, 513, 5003}) {
-    // A running sum in fp32 would lose the small ones.
-    Numbers x = rounded<float>(normal(n + 1, 1));
-    x[0] = 1e8;
-    double sum = 0;
-    for (int64_t i = 0; i < n; ++i) {
-      sum += x[static_cast<size_t>(i)];
-    }
-    const auto outputs = same_in_every_order([&] {
-      const DeviceArray<float> dev_x(x);
-      DeviceArray<float> out(1);
-      expect_launched(
-          launch_sum_scaled(dev_x.data(), n, 0.25f, out.data(), SumInto::kOverwrite, nullptr),
-          "sum_scaled");
-      const double once = out.numbers()[0];
-      expect_launched(launch_sum_scaled(dev_x.data(), n, 0.5f, out.data(), SumInto::kAdd, nullptr),
-                      "sum_scaled");
-      return Outputs{{once, out.numbers()[0]}};
-    });
-    EXPECT_TRUE(close(outputs[0], {0.25 * sum, 0.75 * sum}, 1e-7)) << n;
-  }
-}
-
 }  // namespace
 }  // namespace rwkv::test

@@ -1,4 +1,4 @@
-// layer_norm_shift_mix, forward, again and backward, against its equations in float64.
+// layer_norm_shift_mix, forward and backward, against its equations in float64.
 #include <algorithm>
 #include <cmath>
 #include <memory>
@@ -232,36 +232,6 @@ Outputs run_forward(const Case& c, const Inputs& in) {
 }
 
 template <typename Element>
-Outputs run_again(const LayerNormShiftMixSizes& sizes,
-                  const Inputs& in,
-                  const Numbers& sum,
-                  const Numbers& statistics) {
-  const DeviceArray<Element> device_sum(sum), weight(in.weight), bias(in.bias), carry(in.carry),
-      mix(in.mix);
-  const DeviceArray<float> device_statistics(statistics);
-  std::vector<std::unique_ptr<DeviceArray<Element>>> mixed;
-  LayerNormShiftMixAgain<Element> arguments{.sizes = sizes,
-                                            .sum = device_sum.data(),
-                                            .statistics = device_statistics.data(),
-                                            .weight = weight.data(),
-                                            .bias = bias.data(),
-                                            .carry = carry.data(),
-                                            .mix = mix.data()};
-  for (size_t j = 0; j < in.dmixed.size(); ++j) {
-    mixed.push_back(std::make_unique<DeviceArray<Element>>(device_sum.size()));
-    arguments.mixed[j] = mixed.back()->data();
-  }
-  expect_launched(launch_layer_norm_shift_mix_again(arguments, nullptr),
-                  "layer_norm_shift_mix_again");
-  Outputs out;
-  for (const auto& output : mixed) {
-    out.push_back(output->numbers());
-  }
-  return out;
-}
-
-// ds, dweight, dbias, dcarry, dmix.
-template <typename Element>
 Outputs run_backward(const Case& c, const Inputs& in, const Reference& forward) {
   const bool given = c.optional == Optional::kGiven;
   const DeviceArray<Element> sum(forward.sum), weight(in.weight), bias(in.bias), carry(in.carry),
@@ -322,18 +292,6 @@ TYPED_TEST(LayerNormShiftMixKernel, ForwardMatchesTheEquations) {
       EXPECT_TRUE(close(outputs[3 + j], expected.mixed[j], kTolerance<TypeParam>))
           << c << ", mix " << j;
     }
-  }
-}
-
-TYPED_TEST(LayerNormShiftMixKernel, AgainGivesTheSameBits) {
-  for (const Case& c : kCases) {
-    const Inputs in = inputs_of<TypeParam>(c);
-    const Outputs forward = run_forward<TypeParam>(c, in);
-    const auto outputs = same_in_every_order([&] {
-      return run_again<TypeParam>(
-          c.sizes, in, c.optional == Optional::kGiven ? forward[0] : in.x, forward[2]);
-    });
-    EXPECT_EQ(outputs, Outputs(forward.begin() + 3, forward.end())) << c;
   }
 }
 
