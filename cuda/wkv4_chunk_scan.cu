@@ -336,13 +336,9 @@ cudaError_t launch_backward(const Wkv4Backward<Element>& args,
                           dw_rows,
                           du_rows);
   }
-  if (error == cudaSuccess) {
-    error = launch_sum_rows(dw_rows, rows, args.A, args.dw_log, stream);
-  }
-  if (error == cudaSuccess) {
-    error = launch_sum_rows(du_rows, rows, args.A, args.du, stream);
-  }
-  return error;
+  return error == cudaSuccess
+             ? launch_parameter_sums(dw_rows, du_rows, rows, args.A, args.dw_log, args.du, stream)
+             : error;
 }
 
 }  // namespace

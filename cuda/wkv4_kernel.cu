@@ -1,42 +1,12 @@
 // The launchers of wkv4: what is common to its kernels, and the choice of one.
-#include "cuda/launch.h"
-#include "cuda/vector_io.cuh"
+#include <cuda_bf16.h>
+
 #include "cuda/wkv4_kernel.h"
 #include "cuda/wkv4_launch.h"
 
 namespace rwkv {
 namespace wkv4 {
 namespace {
-
-// A block sums 32 columns: its 32 warps take every 32nd row each, and warp 0 adds what they found.
-constexpr int kColumns = kWarpSize;
-constexpr int kRowWarps = 32;
-
-__global__ void __launch_bounds__(kColumns* kRowWarps) sum_rows_kernel(const float* __restrict__ x,
-                                                                       int64_t rows,
-                                                                       int64_t dim,
-                                                                       float* __restrict__ out) {
-  auto* partial = static_cast<float*>(shared_memory());
-  const int lane = static_cast<int>(threadIdx.x) % kColumns;
-  const int warp = static_cast<int>(threadIdx.x) / kColumns;
-  const int64_t c = static_cast<int64_t>(blockIdx.x) * kColumns + lane;
-  float sum = 0.0f;
-  if (c < dim) {
-#pragma unroll 4
-    for (int64_t row = warp; row < rows; row += kRowWarps) {
-      sum += x[row * dim + c];
-    }
-  }
-  partial[threadIdx.x] = sum;
-  __syncthreads();
-  if (warp == 0 && c < dim) {
-    float total = 0.0f;
-    for (int i = 0; i < kRowWarps; ++i) {
-      total += partial[i * kColumns + lane];
-    }
-    out[c] = total;
-  }
-}
 
 cudaError_t set_zero(float* x, int64_t size, cudaStream_t stream) {
   return cudaMemsetAsync(x, 0, static_cast<size_t>(size) * sizeof(float), stream);
@@ -52,15 +22,6 @@ cudaError_t hand_on(const float* x, float* out, int64_t size, cudaStream_t strea
 }
 
 }  // namespace
-
-cudaError_t launch_sum_rows(
-    const float* x, int64_t rows, int64_t dim, float* out, cudaStream_t stream) {
-  const LaunchShape shape{.grid = dim3(static_cast<unsigned>(ceil_div(dim, kColumns))),
-                          .block = dim3(kColumns * kRowWarps),
-                          .shared_bytes = kColumns * kRowWarps * sizeof(float)};
-  return launch_kernel(&sum_rows_kernel, shape, stream, x, rows, dim, out);
-}
-
 }  // namespace wkv4
 
 int64_t wkv4_carries_floats(int64_t B, int64_t T, int64_t A) {

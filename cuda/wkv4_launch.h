@@ -6,6 +6,7 @@
 
 #include <cuda_runtime.h>
 
+#include "cuda/column_sum_kernel.h"
 #include "cuda/wkv4_kernel.h"
 
 namespace rwkv::wkv4 {
@@ -14,9 +15,20 @@ inline int64_t num_tiles(int64_t T) {
   return (T + kWkv4CarryLen - 1) / kWkv4CarryLen;
 }
 
-// out[c] = sum over rows of x [rows, A], in a fixed order.
-cudaError_t launch_sum_rows(
-    const float* x, int64_t rows, int64_t dim, float* out, cudaStream_t stream);
+// dw and du, [A], from what each block left of them: [rows, A] each, added in a fixed order.
+inline cudaError_t launch_parameter_sums(const float* dw_rows,
+                                         const float* du_rows,
+                                         int64_t rows,
+                                         int64_t A,
+                                         float* dw,
+                                         float* du,
+                                         cudaStream_t stream) {
+  const cudaError_t error =
+      launch_column_sum<float>(dw_rows, rows, {.data = {dw}, .columns = {A}}, stream);
+  return error == cudaSuccess
+             ? launch_column_sum<float>(du_rows, rows, {.data = {du}, .columns = {A}}, stream)
+             : error;
+}
 
 int64_t plain_scratch_floats(int64_t B, int64_t A, bool backward);
 template <typename Element>

@@ -160,13 +160,9 @@ cudaError_t launch_plain_backward(const Wkv4Backward<Element>& args, cudaStream_
   float* du_rows = args.scratch + args.B * args.A;
   cudaError_t error = launch_kernel(
       &plain_backward_kernel<Element>, shape_of(args.B, args.A), stream, args, dw_rows, du_rows);
-  if (error == cudaSuccess) {
-    error = launch_sum_rows(dw_rows, args.B, args.A, args.dw_log, stream);
-  }
-  if (error == cudaSuccess) {
-    error = launch_sum_rows(du_rows, args.B, args.A, args.du, stream);
-  }
-  return error;
+  return error == cudaSuccess
+             ? launch_parameter_sums(dw_rows, du_rows, args.B, args.A, args.dw_log, args.du, stream)
+             : error;
 }
 
 #define RWKV_INSTANTIATE(Element)                                               \
