@@ -13,7 +13,7 @@ namespace rwkv {
 enum class Recompute {
   kNone,
   // The inputs of TimeMix's and ChannelMix's matrices, made again from the residual stream by the
-  // pass that made them: 5 of RWKV-4's 17 tensors of [B, T, C] a layer, for 2 % of the time.
+  // pass that made them: 5 of RWKV-4's 17 tensors of [B, T, C] a layer, for 3 % of the time.
   kMixes,
   // All but each block's input: one of 17 stays, and forward runs twice.
   kBlocks,
