@@ -58,6 +58,13 @@ double update_bytes_per_s(ops::DeviceRuntime* runtime) {
          best_seconds(7, runtime, [&] { numbers.add_(1); });
 }
 
+double copy_bytes_per_s(ops::DeviceRuntime* runtime) {
+  const at::Tensor from = at::zeros({stream_floats(runtime)}, options_of(runtime));
+  const at::Tensor to = at::empty_like(from);
+  return 2.0 * static_cast<double>(from.nbytes()) /
+         best_seconds(7, runtime, [&] { to.copy_(from); });
+}
+
 double read_bytes_per_s(ops::DeviceRuntime* runtime) {
   return read_bytes_per_s(stream_floats(runtime) * int64_t{sizeof(float)}, runtime);
 }

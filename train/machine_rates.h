@@ -15,6 +15,8 @@ double matmul_flops_per_s(at::ScalarType dtype, ops::DeviceRuntime* runtime = nu
 // Bytes read and written a second where fp32 numbers, more than the caches hold, change in place. A
 // copy would move more than it counts: its stores first read what they overwrite.
 double update_bytes_per_s(ops::DeviceRuntime* runtime = nullptr);
+// Bytes read and bytes written a second of a copy, of more than the caches hold.
+double copy_bytes_per_s(ops::DeviceRuntime* runtime = nullptr);
 // Bytes a second that a sum over them reads: of more than the caches hold, or of `bytes` of them,
 // which may stay there from one sum to the next.
 double read_bytes_per_s(ops::DeviceRuntime* runtime = nullptr);

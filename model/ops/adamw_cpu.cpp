@@ -1,7 +1,6 @@
 // CPU kernels of adamw_ and its numbers: one pass over memory, in blocks that a thread takes whole.
 // Floor of adamw_: 16 bytes read and 12 written a parameter, 14 with bf16 weights.
 #include <algorithm>
-#include <bit>
 #include <cmath>
 #include <optional>
 #include <vector>
@@ -40,36 +39,56 @@ struct Buffers {
   const Gradient* gradient;
 };
 
-// The high half of the sum is what is stored as bf16.
-RWKV_INLINE Float8 join_lanes(const Bf16* weights, const int16_t* low, int64_t lanes) {
-  alignas(32) uint32_t bits[8] = {};
-  for (int64_t lane = 0; lane < lanes; ++lane) {
-    bits[lane] = (static_cast<uint32_t>(weights[lane].bits) << 16) +
-                 static_cast<uint32_t>(static_cast<int32_t>(low[lane]));
+// A master in halves: the sum of the bits of weights, as the high half, and low.
+template <typename Vector>
+RWKV_INLINE Vector join_lanes(const Bf16* weights, const int16_t* low, int64_t lanes) {
+  using Words = SameLanes<Vector, uint32_t>;
+  SameLanes<Vector, uint16_t> high_bits = {};
+  SameLanes<Vector, int16_t> low_bits = {};
+  if (lanes == kLanes<Vector>) {
+    std::memcpy(&high_bits, weights, sizeof high_bits);
+    std::memcpy(&low_bits, low, sizeof low_bits);
+  } else {
+    std::memcpy(&high_bits, weights, static_cast<size_t>(lanes) * sizeof *weights);
+    std::memcpy(&low_bits, low, static_cast<size_t>(lanes) * sizeof *low);
   }
-  Float8 master;
-  std::memcpy(&master, bits, sizeof master);
+  const auto extended = __builtin_convertvector(low_bits, SameLanes<Vector, int32_t>);
+  const Words bits =
+      (__builtin_convertvector(high_bits, Words) << 16) + reinterpret_cast<Words>(extended);
+  Vector master;
+  std::memcpy(&master, &bits, sizeof master);
   return master;
 }
-RWKV_INLINE void split_lanes(Float8 master, Bf16* weights, int16_t* low, int64_t lanes) {
-  alignas(32) uint32_t bits[8];
-  std::memcpy(bits, &master, sizeof bits);
-  for (int64_t lane = 0; lane < lanes; ++lane) {
-    weights[lane].bits = static_cast<uint16_t>((bits[lane] + 0x8000) >> 16);
-    low[lane] = static_cast<int16_t>(bits[lane] & 0xffff);
+template <typename Vector>
+RWKV_INLINE void split_lanes(Vector master, Bf16* weights, int16_t* low, int64_t lanes) {
+  using Halves = SameLanes<Vector, uint16_t>;
+  SameLanes<Vector, uint32_t> bits;
+  std::memcpy(&bits, &master, sizeof bits);
+  const auto high_bits = __builtin_convertvector((bits + 0x8000) >> 16, Halves);
+  const auto low_bits = __builtin_convertvector(bits & 0xffff, Halves);
+  if (lanes == kLanes<Vector>) {
+    std::memcpy(weights, &high_bits, sizeof high_bits);
+    std::memcpy(low, &low_bits, sizeof low_bits);
+  } else {
+    std::memcpy(weights, &high_bits, static_cast<size_t>(lanes) * sizeof *weights);
+    std::memcpy(low, &low_bits, static_cast<size_t>(lanes) * sizeof *low);
   }
 }
 
-template <typename Gradient>
-RWKV_INLINE void update(const Buffers<Gradient>& at, int64_t count, const Factors& f) {
-  for_each_vector<float>(count, [&](int64_t i, int64_t lanes) RWKV_INLINE_LAMBDA {
-    const Float8 g = load_lanes(at.gradient + i, lanes) * f.grad_scale;
-    const Float8 m = f.beta1 * load_lanes(at.m + i, lanes) + f.one_minus_beta1 * g;
-    const Float8 v = f.beta2 * load_lanes(at.v + i, lanes) + f.one_minus_beta2 * g * g;
-    const Float8 root = sqrt_lanes(v) * f.root_correction2 + f.eps;
-    const Float8 before = at.master != nullptr ? load_lanes(at.master + i, lanes)
-                                               : join_lanes(at.weights + i, at.low + i, lanes);
-    const Float8 p = f.keep * before - f.lr_over_correction1 * m / root;
+template <typename Vector, typename Gradient>
+RWKV_INLINE void update(const Buffers<Gradient>& block, int64_t count, const Factors& factors) {
+  // Copies: what is stored below cannot change them, which the compiler would not know.
+  const Buffers<Gradient> at = block;
+  const Factors f = factors;
+  for_each_vector<Vector>(count, [&](int64_t i, int64_t lanes) RWKV_INLINE_LAMBDA {
+    const Vector g = load_lanes<Vector>(at.gradient + i, lanes) * f.grad_scale;
+    const Vector m = f.beta1 * load_lanes<Vector>(at.m + i, lanes) + f.one_minus_beta1 * g;
+    const Vector v = f.beta2 * load_lanes<Vector>(at.v + i, lanes) + f.one_minus_beta2 * g * g;
+    const Vector root = sqrt_lanes(v) * f.root_correction2 + f.eps;
+    const Vector before = at.master != nullptr
+                              ? load_lanes<Vector>(at.master + i, lanes)
+                              : join_lanes<Vector>(at.weights + i, at.low + i, lanes);
+    const Vector p = f.keep * before - f.lr_over_correction1 * m / root;
     store_lanes(at.m + i, m, lanes);
     store_lanes(at.v + i, v, lanes);
     if (at.master == nullptr) {
@@ -82,40 +101,18 @@ RWKV_INLINE void update(const Buffers<Gradient>& at, int64_t count, const Factor
     }
   });
 }
-RWKV_CPU_CLONES void adamw_block(const Buffers<float>& at, int64_t count, const Factors& f) {
-  update(at, count, f);
-}
-RWKV_CPU_CLONES void adamw_block(const Buffers<Bf16>& at, int64_t count, const Factors& f) {
-  update(at, count, f);
-}
 
-RWKV_INLINE double widen(float x) {
-  return x;
-}
-RWKV_INLINE double widen(Bf16 x) {
-  return std::bit_cast<float>(static_cast<uint32_t>(x.bits) << 16);
-}
-// Eight running sums, so that the order is fixed and still fills a vector register.
-template <typename Element>
+// Of doubles.
+template <typename Vector, typename Element>
 RWKV_INLINE double sum_squares(const Element* x, int64_t count) {
-  double sums[8] = {};
-  int64_t i = 0;
-  for (; i + 8 <= count; i += 8) {
-    for (int64_t lane = 0; lane < 8; ++lane) {
-      const double value = widen(x[i + lane]);
-      sums[lane] += value * value;
-    }
-  }
-  for (; i < count; ++i) {
-    sums[0] += widen(x[i]) * widen(x[i]);
-  }
-  return ((sums[0] + sums[4]) + (sums[1] + sums[5])) + ((sums[2] + sums[6]) + (sums[3] + sums[7]));
-}
-RWKV_CPU_CLONES double squares_block(const float* x, int64_t count) {
-  return sum_squares(x, count);
-}
-RWKV_CPU_CLONES double squares_block(const Bf16* x, int64_t count) {
-  return sum_squares(x, count);
+  using Floats = SameLanes<Vector, float>;
+  Vector sums[kTurns] = {};
+  for_each_vector_in_turns<Vector>(
+      count, [&](int64_t i, int64_t lanes, auto turn) RWKV_INLINE_LAMBDA {
+        const auto wide = __builtin_convertvector(load_lanes<Floats>(x + i, lanes), Vector);
+        sums[turn] += wide * wide;
+      });
+  return sum_of_lanes((sums[0] + sums[1]) + (sums[2] + sums[3]));
 }
 
 template <typename Element>
@@ -147,7 +144,9 @@ void update_groups(const Buffers<Gradient>& all,
                                         .m = all.m + begin,
                                         .v = all.v + begin,
                                         .gradient = all.gradient + begin};
-          adamw_block(block, end - begin, factors);
+          with_vectors<float>([&]<typename Vector>(As<Vector>) RWKV_INLINE_LAMBDA {
+            update<Vector>(block, end - begin, factors);
+          });
         });
   }
 }
@@ -209,8 +208,10 @@ double sum_of_squares(const Element* data, int64_t count) {
   at::parallel_for(0, blocks, 1, [&](int64_t begin, int64_t end) {
     for (int64_t block = begin; block < end; ++block) {
       const int64_t first = block * kBlock;
-      sums[static_cast<size_t>(block)] =
-          squares_block(data + first, std::min(kBlock, count - first));
+      with_vectors<double>([&]<typename Vector>(As<Vector>) RWKV_INLINE_LAMBDA {
+        sums[static_cast<size_t>(block)] =
+            sum_squares<Vector>(data + first, std::min(kBlock, count - first));
+      });
     }
   });
   double total = 0;
@@ -249,9 +250,11 @@ void split_master_cpu(const at::Tensor& master, at::Tensor& weights, at::Tensor&
   auto* high_bits = static_cast<Bf16*>(weights.mutable_data_ptr());
   auto* low_bits = low.mutable_data_ptr<int16_t>();
   at::parallel_for(0, master.numel(), kBlock, [&](int64_t begin, int64_t end) {
-    for_each_vector<float>(end - begin, [&](int64_t i, int64_t lanes) {
-      const int64_t at = begin + i;
-      split_lanes(load_lanes(from + at, lanes), high_bits + at, low_bits + at, lanes);
+    with_vectors<float>([&]<typename Vector>(As<Vector>) RWKV_INLINE_LAMBDA {
+      for_each_vector<Vector>(end - begin, [&](int64_t i, int64_t lanes) RWKV_INLINE_LAMBDA {
+        const int64_t at = begin + i;
+        split_lanes(load_lanes<Vector>(from + at, lanes), high_bits + at, low_bits + at, lanes);
+      });
     });
   });
 }
@@ -262,9 +265,11 @@ at::Tensor join_master_cpu(const at::Tensor& weights, const at::Tensor& low) {
   const auto* high_bits = static_cast<const Bf16*>(weights.const_data_ptr());
   const auto* low_bits = low.const_data_ptr<int16_t>();
   at::parallel_for(0, master.numel(), kBlock, [&](int64_t begin, int64_t end) {
-    for_each_vector<float>(end - begin, [&](int64_t i, int64_t lanes) {
-      const int64_t at = begin + i;
-      store_lanes(to + at, join_lanes(high_bits + at, low_bits + at, lanes), lanes);
+    with_vectors<float>([&]<typename Vector>(As<Vector>) RWKV_INLINE_LAMBDA {
+      for_each_vector<Vector>(end - begin, [&](int64_t i, int64_t lanes) RWKV_INLINE_LAMBDA {
+        const int64_t at = begin + i;
+        store_lanes(to + at, join_lanes<Vector>(high_bits + at, low_bits + at, lanes), lanes);
+      });
     });
   });
   return master;

@@ -3,7 +3,6 @@
 // gradient one that scales the exponentials. Those are kept in fp32: over the logits where these
 // are fp32, beside them where they are bf16.
 #include <algorithm>
-#include <bit>
 #include <cmath>
 #include <limits>
 #include <type_traits>
@@ -22,37 +21,26 @@ namespace {
 // The place of a row's maximum is searched in one block alone.
 constexpr int64_t kBlock = 1024;
 
-// One element as a number, and back with the rounding of the vectors.
-template <typename Scalar>
-RWKV_INLINE Scalar read_one(const Scalar* from) {
-  return *from;
-}
-RWKV_INLINE float read_one(const Bf16* from) {
-  return std::bit_cast<float>(uint32_t{from->bits} << 16);
-}
-template <typename Element>
-RWKV_INLINE void write_one(Element* to, typename VectorOf<Element>::Scalar value) {
-  store_lanes(to, typename VectorOf<Element>::Vector{} + value, 1);
+// One number, with the rounding of the vectors.
+template <typename Vector, typename Element>
+RWKV_INLINE void store_one(Element* to, LaneOf<Vector> value) {
+  store_lanes(to, Vector{} + value, 1);
 }
 
-template <typename Element, typename Scalar>
-RWKV_INLINE Scalar largest(const Element* logits, int64_t size) {
-  using Vector = typename VectorOf<Element>::Vector;
-  constexpr int64_t kLanes = VectorOf<Element>::kLanes;
-  const Vector nothing = Vector{} - std::numeric_limits<Scalar>::infinity();
-  Vector max = nothing;
-  for_each_vector<Element>(size, [&](int64_t i, int64_t count) RWKV_INLINE_LAMBDA {
-    Vector x = load_lanes(logits + i, count);
-    for (int64_t lane = count; lane < kLanes; ++lane) {
-      x[lane] = nothing[0];
-    }
-    max = max_lanes(x, max);
-  });
-  Scalar result = max[0];
-  for (int64_t lane = 1; lane < kLanes; ++lane) {
-    result = std::max(result, static_cast<Scalar>(max[lane]));
-  }
-  return result;
+template <typename Vector, typename Element>
+RWKV_INLINE LaneOf<Vector> largest(const Element* logits, int64_t size) {
+  const Vector nothing = Vector{} - std::numeric_limits<LaneOf<Vector>>::infinity();
+  Vector max[kTurns] = {nothing, nothing, nothing, nothing};
+  for_each_vector_in_turns<Vector>(size,
+                                   [&](int64_t i, int64_t count, auto turn) RWKV_INLINE_LAMBDA {
+                                     Vector x = load_lanes<Vector>(logits + i, count);
+                                     for (int64_t lane = count; lane < kLanes<Vector>; ++lane) {
+                                       x[lane] = nothing[0];
+                                     }
+                                     max[turn] = max_lanes(x, max[turn]);
+                                   });
+  return reduce_lanes(max_lanes(max_lanes(max[0], max[1]), max_lanes(max[2], max[3])),
+                      [](auto x, auto y) RWKV_INLINE_LAMBDA { return x > y ? x : y; });
 }
 
 template <typename Scalar>
@@ -60,12 +48,11 @@ struct Maximum {
   Scalar value;
   int64_t block;  // the first that holds it
 };
-template <typename Element, typename Scalar>
-RWKV_INLINE Maximum<Scalar> maximum_of_row(const Element* logits, int64_t vocab_size) {
-  Maximum<Scalar> max{-std::numeric_limits<Scalar>::infinity(), 0};
+template <typename Vector, typename Element>
+RWKV_INLINE Maximum<LaneOf<Vector>> maximum_of_row(const Element* logits, int64_t vocab_size) {
+  Maximum<LaneOf<Vector>> max{-std::numeric_limits<LaneOf<Vector>>::infinity(), 0};
   for (int64_t begin = 0; begin < vocab_size; begin += kBlock) {
-    const auto of_block =
-        largest<Element, Scalar>(logits + begin, std::min(kBlock, vocab_size - begin));
+    const auto of_block = largest<Vector>(logits + begin, std::min(kBlock, vocab_size - begin));
     if (of_block > max.value) {
       max = {of_block, begin / kBlock};
     }
@@ -74,27 +61,27 @@ RWKV_INLINE Maximum<Scalar> maximum_of_row(const Element* logits, int64_t vocab_
 }
 
 // The sum of e^(l - max) over a row; `keep` gets each vector of them.
-// Several running sums would round less, but 1e5 terms in 8 lanes are within 1e-5 of a log.
-template <typename Element, typename Scalar, typename Keep>
-RWKV_INLINE Scalar
-sum_of_exponentials(const Element* logits, int64_t vocab_size, Scalar max, const Keep& keep) {
-  using Vector = typename VectorOf<Element>::Vector;
-  Vector sum = Vector{};
-  for_each_vector<Element>(vocab_size, [&](int64_t i, int64_t count) RWKV_INLINE_LAMBDA {
-    const Vector exponential = exp_lanes(load_lanes(logits + i, count) - max);
-    keep(i, count, exponential);
-    sum += first_lanes(exponential, count);
-  });
-  return sum_of_lanes(sum);
+template <typename Vector, typename Element, typename Keep>
+RWKV_INLINE LaneOf<Vector> sum_of_exponentials(const Element* logits,
+                                               int64_t vocab_size,
+                                               LaneOf<Vector> max,
+                                               const Keep& keep) {
+  Vector sums[kTurns] = {};
+  for_each_vector_in_turns<Vector>(
+      vocab_size, [&](int64_t i, int64_t count, auto turn) RWKV_INLINE_LAMBDA {
+        const Vector exponential = exp_lanes(load_lanes<Vector>(logits + i, count) - max);
+        keep(i, count, exponential);
+        sums[turn] += first_lanes(exponential, count);
+      });
+  return sum_of_lanes((sums[0] + sums[1]) + (sums[2] + sums[3]));
 }
 
-template <typename Element, typename Scalar>
-RWKV_INLINE Scalar loss_of_row(const Element* logits, int64_t vocab_size, int64_t target) {
-  using Vector = typename VectorOf<Element>::Vector;
-  const Scalar max = maximum_of_row<Element, Scalar>(logits, vocab_size).value;
-  const Scalar sum = sum_of_exponentials(
+template <typename Vector, typename Element>
+RWKV_INLINE LaneOf<Vector> loss_of_row(const Element* logits, int64_t vocab_size, int64_t target) {
+  const auto max = maximum_of_row<Vector>(logits, vocab_size).value;
+  const auto sum = sum_of_exponentials<Vector>(
       logits, vocab_size, max, [](int64_t, int64_t, Vector) RWKV_INLINE_LAMBDA {});
-  return std::log(sum) + (max - read_one(logits + target));
+  return std::log(sum) + (max - load_one(logits + target));
 }
 
 // What a row's gradient is made of beside its logits.
@@ -109,18 +96,17 @@ struct GradientRow {
 
 //   exponentials  room for vocab_size numbers; may be the logits themselves
 // Returns the loss.
-template <typename Element, typename Scalar>
+template <typename Vector, typename Element, typename Scalar>
 RWKV_INLINE Scalar gradient_of_row(Element* logits,
                                    Scalar* exponentials,
                                    const GradientRow<Scalar>& row) {
-  using Vector = typename VectorOf<Element>::Vector;
-  const Maximum<Scalar> max = maximum_of_row<Element, Scalar>(logits, row.vocab_size);
+  const Maximum<Scalar> max = maximum_of_row<Vector>(logits, row.vocab_size);
   int64_t argmax = max.block * kBlock;
-  while (argmax + 1 < row.vocab_size && read_one(logits + argmax) != max.value) {
+  while (argmax + 1 < row.vocab_size && load_one(logits + argmax) != max.value) {
     ++argmax;
   }
-  const Scalar target_logit = read_one(logits + row.target);
-  const Scalar sum = sum_of_exponentials(
+  const Scalar target_logit = load_one(logits + row.target);
+  const Scalar sum = sum_of_exponentials<Vector>(
       logits,
       row.vocab_size,
       max.value,
@@ -132,41 +118,30 @@ RWKV_INLINE Scalar gradient_of_row(Element* logits,
   const Scalar at_target = exponentials[row.target] / sum - 1 + (same ? penalty : 0);
   const Scalar at_argmax = same ? at_target : exponentials[argmax] / sum + penalty;
   const Scalar factor = row.scale / sum;
-  for_each_vector<Element>(row.vocab_size, [&](int64_t i, int64_t count) RWKV_INLINE_LAMBDA {
-    store_lanes(logits + i, load_lanes(exponentials + i, count) * factor, count);
+  for_each_vector<Vector>(row.vocab_size, [&](int64_t i, int64_t count) RWKV_INLINE_LAMBDA {
+    store_lanes(logits + i, load_lanes<Vector>(exponentials + i, count) * factor, count);
   });
-  write_one(logits + argmax, at_argmax * row.scale);
-  write_one(logits + row.target, at_target * row.scale);
+  store_one<Vector>(logits + argmax, at_argmax * row.scale);
+  store_one<Vector>(logits + row.target, at_target * row.scale);
   std::fill(logits + row.vocab_size, logits + row.padded_size, Element{});
   return std::log(sum) + (max.value - target_logit);
 }
-
-#define RWKV_KERNELS(Element, Scalar)                                                             \
-  RWKV_CPU_CLONES Scalar loss_kernel(const Element* logits, int64_t vocab_size, int64_t target) { \
-    return loss_of_row<Element, Scalar>(logits, vocab_size, target);                              \
-  }                                                                                               \
-  RWKV_CPU_CLONES Scalar gradient_kernel(                                                         \
-      Element* logits, Scalar* exponentials, const GradientRow<Scalar>& row) {                    \
-    return gradient_of_row(logits, exponentials, row);                                            \
-  }
-RWKV_KERNELS(float, float)
-RWKV_KERNELS(Bf16, float)
-RWKV_KERNELS(double, double)
-#undef RWKV_KERNELS
 
 template <typename Element>
 void losses_of_rows(const at::Tensor& logits_NP,
                     const at::Tensor& targets_N,
                     int64_t vocab_size,
                     const at::Tensor& losses_N) {
-  using Scalar = typename VectorOf<Element>::Scalar;
+  using Scalar = ScalarOf<Element>;
   const int64_t padded_size = logits_NP.size(1);
   const auto* logits = static_cast<const Element*>(logits_NP.const_data_ptr());
   const auto* targets = targets_N.const_data_ptr<int64_t>();
   auto* losses = losses_N.mutable_data_ptr<Scalar>();
   at::parallel_for(0, logits_NP.size(0), 1, [&](int64_t begin, int64_t end) {
     for (int64_t n = begin; n < end; ++n) {
-      losses[n] = loss_kernel(logits + n * padded_size, vocab_size, targets[n]);
+      with_vectors<Scalar>([&]<typename Vector>(As<Vector>) RWKV_INLINE_LAMBDA {
+        losses[n] = loss_of_row<Vector>(logits + n * padded_size, vocab_size, targets[n]);
+      });
     }
   });
 }
@@ -178,7 +153,7 @@ void gradient_of_rows(const at::Tensor& logits_NP,
                       double l2wrap,
                       double scale,
                       const at::Tensor& losses_N) {
-  using Scalar = typename VectorOf<Element>::Scalar;
+  using Scalar = ScalarOf<Element>;
   const int64_t padded_size = logits_NP.size(1);
   auto* logits = static_cast<Element*>(logits_NP.mutable_data_ptr());
   const auto* targets = targets_N.const_data_ptr<int64_t>();
@@ -194,13 +169,14 @@ void gradient_of_rows(const at::Tensor& logits_NP,
         beside.resize(static_cast<size_t>(vocab_size));
         exponentials = beside.data();
       }
-      losses[n] = gradient_kernel(row,
-                                  exponentials,
-                                  GradientRow<Scalar>{.vocab_size = vocab_size,
-                                                      .padded_size = padded_size,
-                                                      .target = targets[n],
-                                                      .l2wrap = static_cast<Scalar>(l2wrap),
-                                                      .scale = static_cast<Scalar>(scale)});
+      const GradientRow<Scalar> what{.vocab_size = vocab_size,
+                                     .padded_size = padded_size,
+                                     .target = targets[n],
+                                     .l2wrap = static_cast<Scalar>(l2wrap),
+                                     .scale = static_cast<Scalar>(scale)};
+      with_vectors<Scalar>([&]<typename Vector>(As<Vector>) RWKV_INLINE_LAMBDA {
+        losses[n] = gradient_of_row<Vector>(row, exponentials, what);
+      });
     }
   });
 }

@@ -19,106 +19,93 @@ constexpr int64_t kGrain = 1 << 14;
 
 // ---- Bodies -------------------------------------------------------------------------------------
 
-template <typename Element>
+template <typename Vector, typename Element>
 RWKV_INLINE void gated_residual_body(
     const Element* x, const Element* r, const Element* y, Element* out, int64_t size) {
-  for_each_vector<Element>(size, [&](int64_t i, int64_t count) RWKV_INLINE_LAMBDA {
-    const auto gate = sigmoid_lanes(load_lanes(r + i, count));
-    store_lanes(out + i, load_lanes(x + i, count) + gate * load_lanes(y + i, count), count);
+  for_each_vector<Vector>(size, [&](int64_t i, int64_t count) RWKV_INLINE_LAMBDA {
+    const Vector gate = sigmoid_lanes(load_lanes<Vector>(r + i, count));
+    const Vector gated = gate * load_lanes<Vector>(y + i, count);
+    store_lanes(out + i, load_lanes<Vector>(x + i, count) + gated, count);
   });
 }
 
-template <typename Element>
+template <typename Vector, typename Element>
 RWKV_INLINE void gated_residual_backward_body(const Element* r,
                                               const Element* y,
                                               const Element* dout,
                                               Element* dr,
                                               Element* dy,
                                               int64_t size) {
-  for_each_vector<Element>(size, [&](int64_t i, int64_t count) RWKV_INLINE_LAMBDA {
-    const auto gate = sigmoid_lanes(load_lanes(r + i, count));
-    const auto gated = load_lanes(dout + i, count) * gate;
+  for_each_vector<Vector>(size, [&](int64_t i, int64_t count) RWKV_INLINE_LAMBDA {
+    const Vector gate = sigmoid_lanes(load_lanes<Vector>(r + i, count));
+    const Vector gated = load_lanes<Vector>(dout + i, count) * gate;
     store_lanes(dy + i, gated, count);
-    store_lanes(dr + i, gated * load_lanes(y + i, count) * (1 - gate), count);
+    store_lanes(dr + i, gated * load_lanes<Vector>(y + i, count) * (1 - gate), count);
   });
 }
 
-template <typename Element>
+template <typename Vector, typename Element>
 RWKV_INLINE void relu_squared_body(Element* x, int64_t size) {
-  using Vector = typename VectorOf<Element>::Vector;
-  for_each_vector<Element>(size, [&](int64_t i, int64_t count) RWKV_INLINE_LAMBDA {
-    const Vector value = load_lanes(x + i, count);
+  for_each_vector<Vector>(size, [&](int64_t i, int64_t count) RWKV_INLINE_LAMBDA {
+    const Vector value = load_lanes<Vector>(x + i, count);
     // Written so that a NaN stays one.
     const Vector positive = value <= 0 ? Vector{} : value;
     store_lanes(x + i, positive * positive, count);
   });
 }
 
-template <typename Element>
+template <typename Vector, typename Element>
 RWKV_INLINE void relu_squared_backward_body(Element* h, const Element* dh, int64_t size) {
-  for_each_vector<Element>(size, [&](int64_t i, int64_t count) RWKV_INLINE_LAMBDA {
-    const auto root = sqrt_lanes(load_lanes(h + i, count));
-    store_lanes(h + i, 2 * root * load_lanes(dh + i, count), count);
+  for_each_vector<Vector>(size, [&](int64_t i, int64_t count) RWKV_INLINE_LAMBDA {
+    const Vector root = sqrt_lanes(load_lanes<Vector>(h + i, count));
+    store_lanes(h + i, 2 * root * load_lanes<Vector>(dh + i, count), count);
   });
 }
 
-#define RWKV_KERNELS(Element)                                                                      \
-  RWKV_CPU_CLONES void gated_residual_kernel(                                                      \
-      const Element* x, const Element* r, const Element* y, Element* out, int64_t size) {          \
-    gated_residual_body(x, r, y, out, size);                                                       \
-  }                                                                                                \
-  RWKV_CPU_CLONES void gated_residual_backward_kernel(const Element* r,                            \
-                                                      const Element* y,                            \
-                                                      const Element* dout,                         \
-                                                      Element* dr,                                 \
-                                                      Element* dy,                                 \
-                                                      int64_t size) {                              \
-    gated_residual_backward_body(r, y, dout, dr, dy, size);                                        \
-  }                                                                                                \
-  RWKV_CPU_CLONES void relu_squared_kernel(Element* x, int64_t size) {                             \
-    relu_squared_body(x, size);                                                                    \
-  }                                                                                                \
-  RWKV_CPU_CLONES void relu_squared_backward_kernel(Element* h, const Element* dh, int64_t size) { \
-    relu_squared_backward_body(h, dh, size);                                                       \
-  }
-RWKV_KERNELS(float)
-RWKV_KERNELS(Bf16)
-RWKV_KERNELS(double)
-#undef RWKV_KERNELS
-
 // ---- Tensors to pointers ------------------------------------------------------------------------
 
-// Calls `work` with a null pointer of the tensor's element type, for the type alone.
+template <typename Element>
+const Element* data_of(const at::Tensor& tensor) {
+  return static_cast<const Element*>(tensor.const_data_ptr());
+}
+template <typename Element>
+Element* mutable_data_of(const at::Tensor& tensor) {
+  return static_cast<Element*>(tensor.mutable_data_ptr());
+}
+
+// Calls `work.operator()<Element>()` for the tensor's type.
 template <typename Work>
 void with_element_of(const at::Tensor& tensor, const Work& work) {
   switch (tensor.scalar_type()) {
     case at::kBFloat16:
-      return work(static_cast<Bf16*>(nullptr));
+      return work.template operator()<Bf16>();
     case at::kFloat:
-      return work(static_cast<float*>(nullptr));
+      return work.template operator()<float>();
     default:
-      return work(static_cast<double*>(nullptr));
+      return work.template operator()<double>();
   }
 }
-
-template <typename Element>
-const Element* data_of(Element*, const at::Tensor& tensor) {
-  return static_cast<const Element*>(tensor.const_data_ptr());
-}
-template <typename Element>
-Element* mutable_data_of(Element*, const at::Tensor& tensor) {
-  return static_cast<Element*>(tensor.mutable_data_ptr());
+// Calls `body(a vector, first, count)` for stretches of `size` elements, in parallel.
+template <typename Element, typename Body>
+void for_each_stretch(int64_t size, const Body& body) {
+  at::parallel_for(0, size, kGrain, [&](int64_t begin, int64_t end) {
+    with_vectors<ScalarOf<Element>>([&](auto vector)
+                                        RWKV_INLINE_LAMBDA { body(vector, begin, end - begin); });
+  });
 }
 
 at::Tensor gated_residual_cpu(const at::Tensor& x, const at::Tensor& r, const at::Tensor& y) {
   const at::Tensor out = at::empty_like(x);
-  with_element_of(x, [&](auto* type) {
-    const auto *x_data = data_of(type, x), *r_data = data_of(type, r), *y_data = data_of(type, y);
-    auto* out_data = mutable_data_of(type, out);
-    at::parallel_for(0, x.numel(), kGrain, [&](int64_t begin, int64_t end) {
-      gated_residual_kernel(
-          x_data + begin, r_data + begin, y_data + begin, out_data + begin, end - begin);
-    });
+  with_element_of(x, [&]<typename Element>() {
+    const auto *x_data = data_of<Element>(x), *r_data = data_of<Element>(r),
+               *y_data = data_of<Element>(y);
+    auto* out_data = mutable_data_of<Element>(out);
+    for_each_stretch<Element>(
+        x.numel(),
+        [&]<typename Vector>(As<Vector>, int64_t first, int64_t size) RWKV_INLINE_LAMBDA {
+          gated_residual_body<Vector>(
+              x_data + first, r_data + first, y_data + first, out_data + first, size);
+        });
   });
   return out;
 }
@@ -128,39 +115,44 @@ std::tuple<at::Tensor, at::Tensor> gated_residual_backward_cpu(const at::Tensor&
                                                                const at::Tensor& dout) {
   const at::Tensor dr = at::empty_like(r);
   const at::Tensor dy = at::empty_like(y);
-  with_element_of(r, [&](auto* type) {
-    const auto *r_data = data_of(type, r), *y_data = data_of(type, y),
-               *dout_data = data_of(type, dout);
-    auto *dr_data = mutable_data_of(type, dr), *dy_data = mutable_data_of(type, dy);
-    at::parallel_for(0, r.numel(), kGrain, [&](int64_t begin, int64_t end) {
-      gated_residual_backward_kernel(r_data + begin,
-                                     y_data + begin,
-                                     dout_data + begin,
-                                     dr_data + begin,
-                                     dy_data + begin,
-                                     end - begin);
-    });
+  with_element_of(r, [&]<typename Element>() {
+    const auto *r_data = data_of<Element>(r), *y_data = data_of<Element>(y),
+               *dout_data = data_of<Element>(dout);
+    auto *dr_data = mutable_data_of<Element>(dr), *dy_data = mutable_data_of<Element>(dy);
+    for_each_stretch<Element>(r.numel(),
+                              [&]<typename Vector>(As<Vector>, int64_t first, int64_t size)
+                                  RWKV_INLINE_LAMBDA {
+                                    gated_residual_backward_body<Vector>(r_data + first,
+                                                                         y_data + first,
+                                                                         dout_data + first,
+                                                                         dr_data + first,
+                                                                         dy_data + first,
+                                                                         size);
+                                  });
   });
   return {dr, dy};
 }
 
 at::Tensor& relu_squared_cpu(at::Tensor& x) {
-  with_element_of(x, [&](auto* type) {
-    auto* data = mutable_data_of(type, x);
-    at::parallel_for(0, x.numel(), kGrain, [&](int64_t begin, int64_t end) {
-      relu_squared_kernel(data + begin, end - begin);
-    });
+  with_element_of(x, [&]<typename Element>() {
+    auto* data = mutable_data_of<Element>(x);
+    for_each_stretch<Element>(
+        x.numel(),
+        [&]<typename Vector>(As<Vector>, int64_t first, int64_t size)
+            RWKV_INLINE_LAMBDA { relu_squared_body<Vector>(data + first, size); });
   });
   return x;
 }
 
 at::Tensor& relu_squared_backward_cpu(at::Tensor& h, const at::Tensor& dh) {
-  with_element_of(h, [&](auto* type) {
-    auto* h_data = mutable_data_of(type, h);
-    const auto* dh_data = data_of(type, dh);
-    at::parallel_for(0, h.numel(), kGrain, [&](int64_t begin, int64_t end) {
-      relu_squared_backward_kernel(h_data + begin, dh_data + begin, end - begin);
-    });
+  with_element_of(h, [&]<typename Element>() {
+    auto* h_data = mutable_data_of<Element>(h);
+    const auto* dh_data = data_of<Element>(dh);
+    for_each_stretch<Element>(
+        h.numel(),
+        [&]<typename Vector>(As<Vector>, int64_t first, int64_t size) RWKV_INLINE_LAMBDA {
+          relu_squared_backward_body<Vector>(h_data + first, dh_data + first, size);
+        });
   });
   return h;
 }

@@ -43,27 +43,17 @@ PositionsByToken sort_by_token(const at::Tensor& tokens_BT, int64_t vocab_size) 
 }
 
 // to = the sum of the rows dy[positions[i]], i < count, which is at least 1.
-template <typename Element>
+template <typename Vector, typename Element>
 RWKV_INLINE void sum_rows(
     const Element* dy, const int64_t* positions, int64_t count, Element* to, int64_t n_embd) {
-  for_each_vector<Element>(n_embd, [&](int64_t c, int64_t lanes) RWKV_INLINE_LAMBDA {
-    auto sum = load_lanes(dy + positions[0] * n_embd + c, lanes);
+  for_each_vector<Vector>(n_embd, [&](int64_t c, int64_t lanes) RWKV_INLINE_LAMBDA {
+    Vector sum = load_lanes<Vector>(dy + positions[0] * n_embd + c, lanes);
     for (int64_t i = 1; i < count; ++i) {
-      sum += load_lanes(dy + positions[i] * n_embd + c, lanes);
+      sum += load_lanes<Vector>(dy + positions[i] * n_embd + c, lanes);
     }
     store_lanes(to + c, sum, lanes);
   });
 }
-
-#define RWKV_KERNELS(Element)                                                                    \
-  RWKV_CPU_CLONES void sum_rows_kernel(                                                          \
-      const Element* dy, const int64_t* positions, int64_t count, Element* to, int64_t n_embd) { \
-    sum_rows(dy, positions, count, to, n_embd);                                                  \
-  }
-RWKV_KERNELS(float)
-RWKV_KERNELS(Bf16)
-RWKV_KERNELS(double)
-#undef RWKV_KERNELS
 
 template <typename Element>
 void backward(const at::Tensor& dy_BTC,
@@ -80,7 +70,9 @@ void backward(const at::Tensor& dy_BTC,
       if (count == 0) {
         std::fill(to, to + n_embd, Element{});
       } else {
-        sum_rows_kernel(dy, sorted.positions.data() + first, count, to, n_embd);
+        with_vectors<ScalarOf<Element>>([&]<typename Vector>(As<Vector>) RWKV_INLINE_LAMBDA {
+          sum_rows<Vector>(dy, sorted.positions.data() + first, count, to, n_embd);
+        });
       }
     }
   });

@@ -1,9 +1,9 @@
 // CPU kernels of layer_norm_shift_mix. A thread takes strips of 32 tokens of one batch row and
-// walks them: forward in time, keeping the row normalised last; backward against time, keeping what
-// the token after sends back. A strip normalises one row more than it has, its predecessor's. Rows
-// of scratch (five vectors of C floats, and as many sums) stay in the second-level cache; the bytes
-// are those of the tensors, once: forward x, delta, s and J outputs, backward s, J + 1 gradients
-// and ds.
+// walks them: forward in time, keeping the row normalised last; backward against time, four tokens
+// at once, keeping what the token after sends back. A strip normalises one row more than it has,
+// its predecessor's. Rows of scratch (two forward; five and the sums backward, of C floats) stay in
+// the caches; the bytes are those of the tensors, once: forward x, delta, s and J outputs, backward
+// s, J + 1 gradients and ds.
 #include <algorithm>
 #include <cmath>
 #include <optional>
@@ -21,11 +21,13 @@ namespace rwkv::ops {
 namespace {
 
 constexpr int64_t kStripLen = 32;
+// Tokens that backward takes at once: their sums over tokens are in memory once for all of them.
+constexpr int64_t kAtOnce = 4;
 
 struct Sizes {
   int64_t batch_size, seq_len, n_embd, num_mixes;
-  // Scratch rows start at multiples of eight numbers, and their last vector is whole.
-  int64_t padded() const { return (n_embd + 7) / 8 * 8; }
+  // Scratch rows are whole vectors.
+  int64_t padded() const { return (n_embd + 15) / 16 * 16; }
   int64_t strips_per_row() const { return (seq_len + kStripLen - 1) / kStripLen; }
 };
 
@@ -33,11 +35,16 @@ struct Strip {
   int64_t row, begin, end;  // batch row; tokens
 };
 
-template <typename Element, typename Scalar>
-RWKV_INLINE void widen_row(const Element* from, Scalar* to, int64_t size) {
-  for_each_vector<Element>(size, [&](int64_t c, int64_t count) RWKV_INLINE_LAMBDA {
-    store_lanes(to + c, load_lanes(from + c, count));
+template <typename Vector, typename Element>
+RWKV_INLINE void widen_row(const Element* from, LaneOf<Vector>* to, int64_t size) {
+  for_each_vector<Vector>(size, [&](int64_t c, int64_t count) RWKV_INLINE_LAMBDA {
+    store_lanes(to + c, load_lanes<Vector>(from + c, count));
   });
+}
+
+template <typename Vector>
+RWKV_INLINE LaneOf<Vector> sum_of_turns(const Vector (&sums)[kTurns]) {
+  return sum_of_lanes((sums[0] + sums[1]) + (sums[2] + sums[3]));
 }
 
 // ---- Forward ------------------------------------------------------------------------------------
@@ -63,92 +70,139 @@ struct Statistics {
   Scalar mean, rstd;
 };
 
-// Writes x + delta, rounded as it will be stored, as numbers to compute with.
-template <typename Element, typename Scalar>
-RWKV_INLINE void add_rows(
-    const Element* x, const Element* delta, Element* sum, Scalar* to, int64_t size) {
-  if (delta == nullptr) {
-    widen_row(x, to, size);
-    return;
-  }
-  for_each_vector<Element>(size, [&](int64_t c, int64_t count) RWKV_INLINE_LAMBDA {
-    Element rounded[VectorOf<Element>::kLanes];
-    store_lanes(rounded, load_lanes(x + c, count) + load_lanes(delta + c, count));
-    const auto s = load_lanes(rounded);
-    if (sum != nullptr) {
-      store_lanes(sum + c, s, count);
-    }
-    store_lanes(to + c, s);
-  });
-}
-
-// Two passes over a row in the cache: a variance from squares alone cancels.
-template <typename Element, typename Scalar>
-RWKV_INLINE Statistics<Scalar> statistics_of(const Scalar* row, int64_t size, Scalar eps) {
-  using Vector = typename VectorOf<Element>::Vector;
-  Vector sum = Vector{};
-  for_each_vector<Element>(size, [&](int64_t c, int64_t count) RWKV_INLINE_LAMBDA {
-    sum += first_lanes(load_lanes(row + c), count);
-  });
-  const Scalar mean = sum_of_lanes(sum) / static_cast<Scalar>(size);
-  Vector squares = Vector{};
-  for_each_vector<Element>(size, [&](int64_t c, int64_t count) RWKV_INLINE_LAMBDA {
-    const Vector centred = first_lanes(load_lanes(row + c) - mean, count);
-    squares += centred * centred;
-  });
-  const Scalar variance = sum_of_lanes(squares) / static_cast<Scalar>(size);
+// s = x + delta, rounded as it will be stored, to `to` and, unless null, to `sum`. Returns the
+// row's statistics. Two passes over a row in the cache: a variance from squares alone cancels.
+template <typename Vector, typename Element, typename Scalar>
+RWKV_INLINE Statistics<Scalar> add_rows(
+    const Element* x, const Element* delta, Element* sum, Scalar* to, int64_t size, Scalar eps) {
+  Vector sums[kTurns] = {};
+  for_each_vector_in_turns<Vector>(
+      size, [&](int64_t c, int64_t count, auto turn) RWKV_INLINE_LAMBDA {
+        Vector s = load_lanes<Vector>(x + c, count);
+        if (delta != nullptr) {
+          Element rounded[kLanes<Vector>];
+          store_lanes(rounded, s + load_lanes<Vector>(delta + c, count));
+          s = load_lanes<Vector>(rounded);
+          if (sum != nullptr) {
+            std::memcpy(sum + c, rounded, static_cast<size_t>(count) * sizeof(Element));
+          }
+        }
+        store_lanes(to + c, s);
+        sums[turn] += first_lanes(s, count);
+      });
+  const Scalar mean = sum_of_turns(sums) / static_cast<Scalar>(size);
+  Vector squares[kTurns] = {};
+  for_each_vector_in_turns<Vector>(
+      size, [&](int64_t c, int64_t count, auto turn) RWKV_INLINE_LAMBDA {
+        const Vector centred = first_lanes(load_lanes<Vector>(to + c) - mean, count);
+        squares[turn] += centred * centred;
+      });
+  const Scalar variance = sum_of_turns(squares) / static_cast<Scalar>(size);
   return {mean, 1 / std::sqrt(variance + eps)};
 }
 
-// The normalised row of token t: n. Its sum and statistics are stored if the token is the strip's.
-template <typename Element, typename Scalar>
-RWKV_INLINE void normalise_token(
-    const ForwardArguments<Element, Scalar>& a, int64_t row, int64_t t, bool owned, Scalar* n) {
+// s of token t to `to`; sum and statistics are stored if the token is the strip's own.
+template <typename Vector, typename Element, typename Scalar>
+RWKV_INLINE Statistics<Scalar> start_token(const ForwardArguments<Element, Scalar>& a,
+                                           int64_t token,
+                                           bool owned,
+                                           Scalar* to) {
   const int64_t size = a.sizes.n_embd;
-  const int64_t token = row * a.sizes.seq_len + t;
-  const Element* delta = a.delta == nullptr ? nullptr : a.delta + token * size;
-  Element* sum = a.sum == nullptr || !owned ? nullptr : a.sum + token * size;
-  add_rows(a.x + token * size, delta, sum, n, size);
-  const Statistics<Scalar> statistics = statistics_of<Element>(n, size, a.eps);
+  const auto statistics =
+      add_rows<Vector>(a.x + token * size,
+                       a.delta == nullptr ? nullptr : a.delta + token * size,
+                       a.sum == nullptr || !owned ? nullptr : a.sum + token * size,
+                       to,
+                       size,
+                       a.eps);
   if (owned) {
     a.statistics[2 * token] = statistics.mean;
     a.statistics[2 * token + 1] = statistics.rstd;
   }
-  for_each_vector<Element>(size, [&](int64_t c, int64_t count) RWKV_INLINE_LAMBDA {
-    const auto xhat = (load_lanes(n + c) - statistics.mean) * statistics.rstd;
-    store_lanes(n + c, xhat * load_lanes(a.weight + c, count) + load_lanes(a.bias + c, count));
+  return statistics;
+}
+
+template <typename Vector, typename Element, typename Scalar>
+RWKV_INLINE Vector normalised(Vector s,
+                              Statistics<Scalar> statistics,
+                              const Element* weight,
+                              const Element* bias,
+                              int64_t count) {
+  return (s - statistics.mean) * statistics.rstd * load_lanes<Vector>(weight, count) +
+         load_lanes<Vector>(bias, count);
+}
+
+// out[j] = n mu_j + previous (1 - mu_j) for the mixes from `first` on. `n` comes as s and is
+// normalised on the way if those mixes are the first.
+template <int kMixes, typename Vector, typename Element, typename Scalar>
+RWKV_INLINE void mix_row(const ForwardArguments<Element, Scalar>& a,
+                         int64_t token,
+                         int64_t first,
+                         Statistics<Scalar> statistics,
+                         const Scalar* previous,
+                         Scalar* n) {
+  const int64_t size = a.sizes.n_embd;
+  const Element *weight = a.weight, *bias = a.bias, *mix = a.mix + first * size;
+  Element* out[kMixes];
+  for (int j = 0; j < kMixes; ++j) {
+    out[j] = a.mixed[first + j] + token * size;
+  }
+  const bool normalise = first == 0;
+  for_each_vector<Vector>(size, [&](int64_t c, int64_t count) RWKV_INLINE_LAMBDA {
+    Vector now = load_lanes<Vector>(n + c);
+    if (normalise) {
+      now = normalised(now, statistics, weight + c, bias + c, count);
+      store_lanes(n + c, now);
+    }
+    const Vector before = load_lanes<Vector>(previous + c);
+    for (int j = 0; j < kMixes; ++j) {
+      const Vector mu = load_lanes<Vector>(mix + j * size + c, count);
+      store_lanes(out[j] + c, before + mu * (now - before), count);
+    }
   });
 }
 
 // `scratch` has two padded rows.
-template <typename Element, typename Scalar>
+template <typename Vector, typename Element, typename Scalar>
 RWKV_INLINE void forward_strip(const ForwardArguments<Element, Scalar>& a,
                                Strip strip,
                                Scalar* scratch) {
   const int64_t size = a.sizes.n_embd;
+  const int64_t first_token = strip.row * a.sizes.seq_len;
   Scalar* n = scratch;
   Scalar* previous = scratch + a.sizes.padded();
   if (strip.begin == 0) {
-    widen_row(a.carry + strip.row * size, previous, size);
+    widen_row<Vector>(a.carry + strip.row * size, previous, size);
   } else {
-    normalise_token(a, strip.row, strip.begin - 1, false, previous);
+    const auto statistics = start_token<Vector>(a, first_token + strip.begin - 1, false, previous);
+    for_each_vector<Vector>(size, [&](int64_t c, int64_t count) RWKV_INLINE_LAMBDA {
+      const Vector s = load_lanes<Vector>(previous + c);
+      store_lanes(previous + c, normalised(s, statistics, a.weight + c, a.bias + c, count));
+    });
   }
   for (int64_t t = strip.begin; t < strip.end; ++t) {
-    normalise_token(a, strip.row, t, true, n);
-    for (int64_t j = 0; j < a.sizes.num_mixes; ++j) {
-      Element* out = a.mixed[j] + (strip.row * a.sizes.seq_len + t) * size;
-      const Element* mix = a.mix + j * size;
-      for_each_vector<Element>(size, [&](int64_t c, int64_t count) RWKV_INLINE_LAMBDA {
-        const auto before = load_lanes(previous + c);
-        const auto mu = load_lanes(mix + c, count);
-        store_lanes(out + c, before + mu * (load_lanes(n + c) - before), count);
-      });
+    const int64_t token = first_token + t;
+    const auto statistics = start_token<Vector>(a, token, true, n);
+    for (int64_t j = 0; j < a.sizes.num_mixes;) {
+      switch (a.sizes.num_mixes - j) {
+        case 1:
+          mix_row<1, Vector>(a, token, j, statistics, previous, n);
+          j += 1;
+          break;
+        case 2:
+          mix_row<2, Vector>(a, token, j, statistics, previous, n);
+          j += 2;
+          break;
+        default:
+          mix_row<3, Vector>(a, token, j, statistics, previous, n);
+          j += 3;
+      }
     }
     std::swap(n, previous);
   }
   if (strip.end == a.sizes.seq_len) {
-    for_each_vector<Element>(size, [&](int64_t c, int64_t count) RWKV_INLINE_LAMBDA {
-      store_lanes(a.last + strip.row * size + c, load_lanes(previous + c), count);
+    for_each_vector<Vector>(size, [&](int64_t c, int64_t count) RWKV_INLINE_LAMBDA {
+      store_lanes(a.last + strip.row * size + c, load_lanes<Vector>(previous + c), count);
     });
   }
 }
@@ -174,162 +228,153 @@ struct BackwardArguments {
 // Rows of scratch of a strip.
 template <typename Scalar>
 struct BackwardRows {
-  Scalar* xhat;         // of this token
-  Scalar* n;            //
-  Scalar* xhat_before;  // of its predecessor
-  Scalar* n_before;     //
-  Scalar* later;        // sum_j (1 - mu_j) g_j of the token after
-  Scalar* gn;           // gn weight of this token
-  Scalar* sums;         // dweight, dbias, then dmu_j: rows of this strip's sums
+  Scalar* later;  // sum_j (1 - mu_j) g_j of the token after
+  Scalar* gn;     // gn weight, of kAtOnce tokens
+  Scalar* sums;   // dweight, dbias, then dmu_j: rows of this strip's sums
 };
-constexpr int64_t kBackwardScratchRows = 6;
+constexpr int64_t kBackwardScratchRows = 1 + kAtOnce;
 
-template <typename Element, typename Scalar>
-RWKV_INLINE void restore_token(const BackwardArguments<Element, Scalar>& a,
-                               int64_t row,
-                               int64_t t,
-                               Scalar* xhat_row,
-                               Scalar* n_row) {
-  const int64_t size = a.sizes.n_embd;
-  const int64_t token = row * a.sizes.seq_len + t;
-  const Scalar mean = a.statistics[2 * token];
-  const Scalar rstd = a.statistics[2 * token + 1];
-  const Element* sum = a.sum + token * size;
-  for_each_vector<Element>(size, [&](int64_t c, int64_t count) RWKV_INLINE_LAMBDA {
-    const auto xhat = (load_lanes(sum + c, count) - mean) * rstd;
-    store_lanes(xhat_row + c, xhat);
-    store_lanes(n_row + c, xhat * load_lanes(a.weight + c, count) + load_lanes(a.bias + c, count));
-  });
-}
-
-// later = sum_j (1 - mu_j) g_j of token t, which its predecessor receives.
-template <typename Element, typename Scalar>
+// later = sum_j (1 - mu_j) g_j of a token, which its predecessor receives.
+template <typename Vector, typename Element, typename Scalar>
 RWKV_INLINE void gather_later(const BackwardArguments<Element, Scalar>& a,
-                              int64_t row,
-                              int64_t t,
+                              int64_t token,
                               Scalar* later) {
-  using Vector = typename VectorOf<Element>::Vector;
   const int64_t size = a.sizes.n_embd;
-  const int64_t at = (row * a.sizes.seq_len + t) * size;
-  for_each_vector<Element>(size, [&](int64_t c, int64_t count) RWKV_INLINE_LAMBDA {
+  for_each_vector<Vector>(size, [&](int64_t c, int64_t count) RWKV_INLINE_LAMBDA {
     Vector sum = Vector{};
     for (int64_t j = 0; j < a.sizes.num_mixes; ++j) {
-      sum +=
-          (1 - load_lanes(a.mix + j * size + c, count)) * load_lanes(a.dmixed[j] + at + c, count);
+      sum += (1 - load_lanes<Vector>(a.mix + j * size + c, count)) *
+             load_lanes<Vector>(a.dmixed[j] + token * size + c, count);
     }
     store_lanes(later + c, sum);
   });
 }
 
 // What follows the strip's last token sends back: the next strip's first token, or `last`.
-template <typename Element, typename Scalar>
+template <typename Vector, typename Element, typename Scalar>
 RWKV_INLINE void start_later(const BackwardArguments<Element, Scalar>& a,
                              Strip strip,
                              Scalar* later) {
   if (strip.end < a.sizes.seq_len) {
-    gather_later(a, strip.row, strip.end, later);
+    gather_later<Vector>(a, strip.row * a.sizes.seq_len + strip.end, later);
   } else if (a.dlast != nullptr) {
-    widen_row(a.dlast + strip.row * a.sizes.n_embd, later, a.sizes.n_embd);
+    widen_row<Vector>(a.dlast + strip.row * a.sizes.n_embd, later, a.sizes.n_embd);
   } else {
     std::fill(later, later + a.sizes.padded(), Scalar{0});
   }
 }
 
-template <typename Element, typename Scalar>
-RWKV_INLINE void backward_token(const BackwardArguments<Element, Scalar>& a,
-                                int64_t row,
-                                int64_t t,
-                                const BackwardRows<Scalar>& rows) {
-  using Vector = typename VectorOf<Element>::Vector;
+// Tokens t to t + kTokens - 1 of a batch row.
+template <int kTokens, typename Vector, typename Element, typename Scalar>
+RWKV_INLINE void backward_tokens(const BackwardArguments<Element, Scalar>& a,
+                                 int64_t row,
+                                 int64_t t,
+                                 BackwardRows<Scalar> rows) {
   const int64_t size = a.sizes.n_embd;
   const int64_t padded = a.sizes.padded();
+  const int64_t num_mixes = a.sizes.num_mixes;
   const int64_t token = row * a.sizes.seq_len + t;
-  const int64_t at = token * size;
-  Vector sum = Vector{};
-  Vector sum_xhat = Vector{};
-  for_each_vector<Element>(size, [&](int64_t c, int64_t count) RWKV_INLINE_LAMBDA {
-    const Vector difference = load_lanes(rows.n + c) - load_lanes(rows.n_before + c);
-    const Vector xhat = load_lanes(rows.xhat + c);
-    Vector gn = load_lanes(rows.later + c);
-    Vector later = Vector{};
-    for (int64_t j = 0; j < a.sizes.num_mixes; ++j) {
-      const Vector mu = load_lanes(a.mix + j * size + c, count);
-      const Vector g = load_lanes(a.dmixed[j] + at + c, count);
-      gn += mu * g;
-      later += (1 - mu) * g;
-      Scalar* dmu = rows.sums + (2 + j) * padded + c;
-      store_lanes(dmu, load_lanes(dmu) + g * difference);
+  const Element *weight = a.weight, *bias = a.bias, *mix = a.mix;
+  const Element* const* dmixed = a.dmixed;
+  const Element* sum = a.sum + token * size;
+  const Element* carry = t == 0 ? a.carry + row * size : nullptr;
+  Scalar mean[kTokens + 1] = {}, rstd[kTokens + 1] = {};  // of the predecessor, then the tokens
+  for (int i = t == 0; i <= kTokens; ++i) {
+    mean[i] = a.statistics[2 * (token + i - 1)];
+    rstd[i] = a.statistics[2 * (token + i - 1) + 1];
+  }
+
+  Vector total[kTokens] = {}, total_xhat[kTokens] = {};
+  for_each_vector<Vector>(size, [&](int64_t c, int64_t count) RWKV_INLINE_LAMBDA {
+    const Vector w = load_lanes<Vector>(weight + c, count);
+    const Vector b = load_lanes<Vector>(bias + c, count);
+    Vector xhat[kTokens], difference[kTokens];  // n_t - n_{t-1}
+    Vector n = carry != nullptr
+                   ? load_lanes<Vector>(carry + c, count)
+                   : (load_lanes<Vector>(sum - size + c, count) - mean[0]) * rstd[0] * w + b;
+    for (int i = 0; i < kTokens; ++i) {
+      prefetch(sum + (i - kTokens) * size + c);
+      xhat[i] = (load_lanes<Vector>(sum + i * size + c, count) - mean[i + 1]) * rstd[i + 1];
+      const Vector next = xhat[i] * w + b;
+      difference[i] = next - n;
+      n = next;
     }
-    store_lanes(rows.later + c, later);
-    Scalar* dweight = rows.sums + c;
-    Scalar* dbias = rows.sums + padded + c;
-    store_lanes(dweight, load_lanes(dweight) + gn * xhat);
-    store_lanes(dbias, load_lanes(dbias) + gn);
-    const Vector scaled = gn * load_lanes(a.weight + c, count);
-    store_lanes(rows.gn + c, scaled);
-    sum += scaled;
-    sum_xhat += scaled * xhat;
-  });
-  const Scalar average = sum_of_lanes(sum) / static_cast<Scalar>(size);
-  const Scalar average_xhat = sum_of_lanes(sum_xhat) / static_cast<Scalar>(size);
-  const Scalar rstd = a.statistics[2 * token + 1];
-  for_each_vector<Element>(size, [&](int64_t c, int64_t count) RWKV_INLINE_LAMBDA {
-    Vector ds =
-        rstd * (load_lanes(rows.gn + c) - average - load_lanes(rows.xhat + c) * average_xhat);
-    if (a.dsum != nullptr) {
-      ds += load_lanes(a.dsum + at + c, count);
+    // now: sum_j mu_j g_j; later: sum_j (1 - mu_j) g_j.
+    Vector now[kTokens] = {}, later[kTokens] = {};
+    for (int64_t j = 0; j < num_mixes; ++j) {
+      const Vector mu = load_lanes<Vector>(mix + j * size + c, count);
+      const Vector rest = 1 - mu;
+      const Element* const dmixed_j = dmixed[j] + token * size + c;
+      Scalar* const dmu = rows.sums + (2 + j) * padded + c;
+      Vector dmu_lanes = load_lanes<Vector>(dmu);
+      for (int i = kTokens - 1; i >= 0; --i) {
+        prefetch(dmixed_j + (i - kTokens) * size);
+        const Vector g = load_lanes<Vector>(dmixed_j + i * size, count);
+        now[i] += mu * g;
+        later[i] += rest * g;
+        dmu_lanes += g * difference[i];
+      }
+      store_lanes(dmu, dmu_lanes);
     }
-    store_lanes(a.ds + at + c, ds, count);
+    Vector dweight = load_lanes<Vector>(rows.sums + c);
+    Vector dbias = load_lanes<Vector>(rows.sums + padded + c);
+    Vector from_later = load_lanes<Vector>(rows.later + c);
+    for (int i = kTokens - 1; i >= 0; --i) {
+      const Vector gn = now[i] + from_later;
+      from_later = later[i];
+      dweight += gn * xhat[i];
+      dbias += gn;
+      const Vector scaled = gn * w;
+      store_lanes(rows.gn + i * padded + c, scaled);
+      total[i] += scaled;
+      total_xhat[i] += scaled * xhat[i];
+    }
+    store_lanes(rows.later + c, from_later);
+    store_lanes(rows.sums + c, dweight);
+    store_lanes(rows.sums + padded + c, dbias);
   });
+
+  for (int i = 0; i < kTokens; ++i) {
+    const Scalar average = sum_of_lanes(total[i]) / static_cast<Scalar>(size);
+    const Scalar average_xhat = sum_of_lanes(total_xhat[i]) / static_cast<Scalar>(size);
+    const Scalar *gn = rows.gn + i * padded, of_mean = mean[i + 1], of_rstd = rstd[i + 1];
+    const Element* const s = sum + i * size;
+    const Element* const dsum = a.dsum == nullptr ? nullptr : a.dsum + (token + i) * size;
+    Element* const to = a.ds + (token + i) * size;
+    for_each_vector<Vector>(size, [&](int64_t c, int64_t count) RWKV_INLINE_LAMBDA {
+      const Vector xhat = (load_lanes<Vector>(s + c, count) - of_mean) * of_rstd;
+      Vector ds = of_rstd * (load_lanes<Vector>(gn + c) - average - xhat * average_xhat);
+      if (dsum != nullptr) {
+        prefetch(dsum - kTokens * size + c);
+        ds += load_lanes<Vector>(dsum + c, count);
+      }
+      store_lanes(to + c, ds, count);
+    });
+  }
 }
 
 // `scratch` has kBackwardScratchRows padded rows, `sums` 2 + J rows of zeros.
-template <typename Element, typename Scalar>
+template <typename Vector, typename Element, typename Scalar>
 RWKV_INLINE void backward_strip(const BackwardArguments<Element, Scalar>& a,
                                 Strip strip,
                                 Scalar* scratch,
                                 Scalar* sums) {
   const int64_t size = a.sizes.n_embd;
-  const int64_t padded = a.sizes.padded();
-  BackwardRows<Scalar> rows{scratch,
-                            scratch + padded,
-                            scratch + 2 * padded,
-                            scratch + 3 * padded,
-                            scratch + 4 * padded,
-                            scratch + 5 * padded,
-                            sums};
-  start_later(a, strip, rows.later);
-  restore_token(a, strip.row, strip.end - 1, rows.xhat, rows.n);
-  for (int64_t t = strip.end - 1; t >= strip.begin; --t) {
-    if (t > 0) {
-      restore_token(a, strip.row, t - 1, rows.xhat_before, rows.n_before);
-    } else {
-      widen_row(a.carry + strip.row * size, rows.n_before, size);
-    }
-    backward_token(a, strip.row, t, rows);
-    std::swap(rows.xhat, rows.xhat_before);
-    std::swap(rows.n, rows.n_before);
+  const BackwardRows<Scalar> rows{.later = scratch, .gn = scratch + a.sizes.padded(), .sums = sums};
+  start_later<Vector>(a, strip, rows.later);
+  int64_t end = strip.end;
+  for (; end - kAtOnce >= strip.begin; end -= kAtOnce) {
+    backward_tokens<kAtOnce, Vector>(a, strip.row, end - kAtOnce, rows);
+  }
+  for (; end > strip.begin; --end) {
+    backward_tokens<1, Vector>(a, strip.row, end - 1, rows);
   }
   if (strip.begin == 0) {
-    for_each_vector<Element>(size, [&](int64_t c, int64_t count) RWKV_INLINE_LAMBDA {
-      store_lanes(a.dcarry + strip.row * size + c, load_lanes(rows.later + c), count);
+    for_each_vector<Vector>(size, [&](int64_t c, int64_t count) RWKV_INLINE_LAMBDA {
+      store_lanes(a.dcarry + strip.row * size + c, load_lanes<Vector>(rows.later + c), count);
     });
   }
 }
-
-#define RWKV_KERNELS(Element, Scalar)                                                            \
-  RWKV_CPU_CLONES void forward_kernel(                                                           \
-      const ForwardArguments<Element, Scalar>& a, Strip strip, Scalar* scratch) {                \
-    forward_strip(a, strip, scratch);                                                            \
-  }                                                                                              \
-  RWKV_CPU_CLONES void backward_kernel(                                                          \
-      const BackwardArguments<Element, Scalar>& a, Strip strip, Scalar* scratch, Scalar* sums) { \
-    backward_strip(a, strip, scratch, sums);                                                     \
-  }
-RWKV_KERNELS(float, float)
-RWKV_KERNELS(Bf16, float)
-RWKV_KERNELS(double, double)
-#undef RWKV_KERNELS
 
 // ---- Tensors to pointers ------------------------------------------------------------------------
 
@@ -380,7 +425,7 @@ void forward(const at::Tensor& x_BTC,
              const at::Tensor& mix_JC,
              double eps,
              const ForwardTensors& out) {
-  using Scalar = typename VectorOf<Element>::Scalar;
+  using Scalar = ScalarOf<Element>;
   std::vector<Element*> mixed;
   for (const at::Tensor& tensor : out.mixed_J) {
     mixed.push_back(mutable_data_of<Element>(tensor));
@@ -401,7 +446,9 @@ void forward(const at::Tensor& x_BTC,
   for_each_strip(arguments.sizes, [&](Strip strip, int64_t) {
     static thread_local std::vector<Scalar> scratch;
     scratch.resize(static_cast<size_t>(2 * arguments.sizes.padded()));
-    forward_kernel(arguments, strip, scratch.data());
+    with_vectors<Scalar>([&]<typename Vector>(As<Vector>) RWKV_INLINE_LAMBDA {
+      forward_strip<Vector>(arguments, strip, scratch.data());
+    });
   });
 }
 
@@ -422,7 +469,7 @@ template <typename Element>
 at::Tensor backward(const BackwardInputs& in,
                     const at::Tensor& ds_BTC,
                     const at::Tensor& dcarry_BC) {
-  using Scalar = typename VectorOf<Element>::Scalar;
+  using Scalar = ScalarOf<Element>;
   std::vector<const Element*> dmixed;
   for (const at::Tensor& tensor : in.dmixed_J) {
     dmixed.push_back(data_of<Element>(tensor));
@@ -449,7 +496,10 @@ at::Tensor backward(const BackwardInputs& in,
   for_each_strip(sizes, [&](Strip strip, int64_t number) {
     static thread_local std::vector<Scalar> scratch;
     scratch.resize(static_cast<size_t>(kBackwardScratchRows * sizes.padded()));
-    backward_kernel(arguments, strip, scratch.data(), sums_data + number * rows * sizes.padded());
+    with_vectors<Scalar>([&]<typename Vector>(As<Vector>) RWKV_INLINE_LAMBDA {
+      backward_strip<Vector>(
+          arguments, strip, scratch.data(), sums_data + number * rows * sizes.padded());
+    });
   });
   const at::Tensor total = sum_in_order(sums);
   return total.slice(1, 0, sizes.n_embd).to(in.sum_BTC.scalar_type());

@@ -44,10 +44,10 @@ struct Wkv4Output {
 // and b of both states; p is a scale, not a quantity: its gradient is zero and the one that comes
 // in is ignored, which is exact for every consumer that uses a and b as a e^p and b e^p. Backward
 // saves the inputs and recomputes y; a kernel may save more in the registered op's third result,
-// `carries`, whose shape is its own affair. The CPU's saves nothing and needs 24 (T / 64) floats a
-// thread in backward. Gradients of w_log and u are summed over B in a fixed order: two runs give
-// the same bits, whatever the number of threads. Throws c10::Error naming both shapes if they
-// disagree, and dtypes that are not as above.
+// `carries`, whose shape is its own affair. The CPU's saves a state for every 16 tokens. Gradients
+// of w_log and u are summed over B in a fixed order: two runs give the same bits, whatever the
+// number of threads. Throws c10::Error naming both shapes if they disagree, and dtypes that are not
+// as above.
 Wkv4Output wkv4(const at::Tensor& w_log_A,
                 const at::Tensor& k_BTA,
                 const at::Tensor& v_BTA,

@@ -400,7 +400,7 @@ class Bench(support.Folder):
     def test_says_what_the_figures_depend_on(self):
         for what, rates in (("step", {"matmul_gflops_per_s", "update_gb_per_s"}),
                             ("decode", {"matmul_gflops_per_s", "read_gb_per_s"}),
-                            ("ops", {"update_gb_per_s", "read_gb_per_s"})):
+                            ("ops", {"update_gb_per_s", "copy_gb_per_s", "read_gb_per_s"})):
             for row in self.rows(what, *self.TINY, "--dtype", "fp32"):
                 self.assertEqual(set(row["conditions"]), {"threads"} | rates)
                 self.assertEqual(row["conditions"]["threads"], 1)

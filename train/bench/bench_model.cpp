@@ -56,18 +56,21 @@ double optimizer_bytes(double parameters, at::ScalarType dtype) {
 
 // Weights, gradients and moments, and what backward reads again (not the transients: what an op
 // needs while it runs, and the gradients of activations): x, three mixed inputs, k, v, r and
-// the gated wkv; the sum with attention, two mixed inputs, r, its partner and dim_ffn wide the
-// hidden row; then ln_out's input and the gradients of its output and of the head.
+// the gated wkv, for every 16 tokens a state in fp32; the sum with attention, two mixed inputs, r,
+// its partner and dim_ffn wide the hidden row; then ln_out's input and the gradients of its output
+// and of the head.
 double formula_bytes(RwkvModel model, const StepShape& shape, at::ScalarType dtype) {
   const ModelConfig& config = model->config();
   const double states = static_cast<double>(model->num_parameters()) *
                         (4 * sizeof(float) + (dtype == at::kBFloat16 ? element_size(dtype) : 0));
   const int64_t per_layer = 9 * config.n_embd + 4 * config.dim_att + config.dim_ffn;
-  const double activations = static_cast<double>(shape.batch_size * config.ctx_len) *
-                             element_size(dtype) *
+  const double tokens = static_cast<double>(shape.batch_size * config.ctx_len);
+  const double activations = tokens * element_size(dtype) *
                              static_cast<double>(config.n_layer * per_layer + 2 * config.n_embd);
+  const double carries =
+      tokens / 16 * 3 * sizeof(float) * static_cast<double>(config.n_layer * config.dim_att);
   const double head = element_size(dtype) * static_cast<double>(config.vocab_size * config.n_embd);
-  return states + activations + head;
+  return states + activations + carries + head;
 }
 
 // Matrices are not the author's: of those many are zero, which could make a product quicker than it

@@ -40,11 +40,13 @@ struct OpCase {
 // A machine's rates, in bytes a second.
 struct Rates {
   double update = 0;
+  double copy = 0;
   double read = 0;
 
   // The best of all calls counts: another program's burst could make a floor too high.
   void measure() {
     update = std::max(update, update_bytes_per_s());
+    copy = std::max(copy, copy_bytes_per_s());
     read = std::max(read, read_bytes_per_s());
   }
 };
@@ -60,17 +62,20 @@ class CacheSweeper {
   at::Tensor buffer_ = at::zeros({kBytes / int64_t{sizeof(float)}});
 };
 
-// Forward, then backward from random gradients of the outputs that need one.
-void run(const Function& function, const Tensors& inputs) {
-  Tensors outputs, grads;
+// Forward, then backward from gradients of the outputs that need one. They are ones, and are made
+// once: `gradients` comes empty.
+void run(const Function& function, const Tensors& inputs, Tensors& gradients) {
+  Tensors outputs;
   for (const at::Tensor& output : function(inputs)) {
     if (output.requires_grad()) {
       outputs.push_back(output);
-      grads.push_back(at::ones_like(output));
     }
   }
+  for (size_t i = gradients.size(); i < outputs.size(); ++i) {
+    gradients.push_back(at::ones_like(outputs[i]));
+  }
   if (!outputs.empty()) {
-    torch::autograd::backward(outputs, grads);
+    torch::autograd::backward(outputs, gradients);
   }
   for (const at::Tensor& input : inputs) {
     input.mutable_grad().reset();
@@ -84,13 +89,14 @@ struct OpTimes {
 
 OpTimes time_case(const OpCase& op, CacheSweeper& sweeper, int64_t repeats) {
   std::vector<double> ours_ms, plain_ms;
-  run(op.ours, op.inputs);
-  run(op.plain, op.inputs);
+  Tensors gradients_of_ours, gradients_of_plain;
+  run(op.ours, op.inputs, gradients_of_ours);
+  run(op.plain, op.inputs, gradients_of_plain);
   for (int64_t i = 0; i < repeats; ++i) {
     sweeper.sweep();
-    ours_ms.push_back(milliseconds_of([&] { run(op.ours, op.inputs); }));
+    ours_ms.push_back(milliseconds_of([&] { run(op.ours, op.inputs, gradients_of_ours); }));
     sweeper.sweep();
-    plain_ms.push_back(milliseconds_of([&] { run(op.plain, op.inputs); }));
+    plain_ms.push_back(milliseconds_of([&] { run(op.plain, op.inputs, gradients_of_plain); }));
   }
   return {spread_of(ours_ms), spread_of(plain_ms)};
 }
@@ -273,13 +279,16 @@ std::vector<BenchRow> bench_ops(const StepShape& shape, at::ScalarType dtype, in
   std::vector<BenchRow> rows;
   for (size_t i = 0; i < cases.size(); ++i) {
     const double rate = cases[i].reads_alone ? rates.read : std::max(rates.update, rates.read);
+    const double moved_per_s = cases[i].moved_bytes / times[i].ours.median * 1000;
     rows.push_back({.what = cases[i].name + (dtype == at::kBFloat16 ? " bf16" : " fp32"),
                     .ms = times[i].ours,
                     .figures = {{"plain_ms", times[i].plain.median},
                                 {"floor_ms", cases[i].operand_bytes / rate * 1000},
-                                {"gb_per_s", cases[i].moved_bytes / times[i].ours.median / 1e6}},
+                                {"gb_per_s", moved_per_s / 1e9},
+                                {"of_copy", moved_per_s / rates.copy}},
                     .conditions = {{"threads", at::get_num_threads()},
                                    {"update_gb_per_s", rates.update / 1e9},
+                                   {"copy_gb_per_s", rates.copy / 1e9},
                                    {"read_gb_per_s", rates.read / 1e9}}});
   }
   return rows;

@@ -18,6 +18,7 @@ namespace rwkv {
 //             higher (few_rows_linear: the read rate)
 //   gb_per_s  bytes that forward and backward read and write, each way counted, over the time; what
 //             of that comes from a cache makes it more than the update rate
+//   of_copy   the same over the bytes that LibTorch's copy reads and writes in the time
 std::vector<BenchRow> bench_ops(const StepShape& shape, at::ScalarType dtype, int64_t repeats);
 
 }  // namespace rwkv
