@@ -6,6 +6,7 @@
 #include <ATen/cuda/CUDAGraph.h>
 #include <c10/cuda/CUDACachingAllocator.h>
 
+#include "cuda/layer_norm_shift_mix_kernel.h"
 #include "model/ops/device_runtime.h"
 
 namespace rwkv {
@@ -53,6 +54,8 @@ class CudaRuntime final : public ops::DeviceRuntime {
     return c10::str(
         properties.name, ", compute capability ", properties.major, ".", properties.minor);
   }
+
+  int64_t max_channels() const override { return kMaxChannels; }
 
   ops::DeviceMemory memory() const override {
     const auto statistics = allocator::getDeviceStats(index_);

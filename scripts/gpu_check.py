@@ -2,7 +2,7 @@
 
 Checks come first: every kernel against float64 arithmetic, ten steps of training against the
 CPU's, CUDA graph against eager bit for bit, a run that is killed and goes on against one that is
-not. What failed is not timed. Then times: each op and each step beside its floor, and decoding.
+not, the timeline of warm steps, in which nothing may allocate or wait. What failed is not timed. Then times: each op and each step beside its floor, and decoding.
 
 FOLDER/gpu_check.json holds everything, FOLDER/gpu_check.md the same to read. The exit status is 0
 if all checks passed and all timings were taken, 1 if not, 2 for a wrong command line.
@@ -28,6 +28,8 @@ import subprocess
 import sys
 import tempfile
 import time
+
+import step_trace
 
 # Of all there is to do; what does not fit any more is left out, and named.
 BUDGET_S = 460
@@ -367,6 +369,24 @@ def check_resume(runner, training, dtype):
     return f"killed after {left}; " + require_same_bits(training, names)
 
 
+def check_trace(runner, dtype, arguments):
+    path = runner.folder / "trace.json"
+    runner.bench("step", "--dtype", dtype, *arguments, "--repeats", "1", "--trace", path)
+    events = step_trace.events_of(path)
+    if runner.device == "cpu":
+        names = {event.get("name") for event in events}
+        if "rookery::wkv4" not in names:
+            raise Failure("there is no op of ours in the timeline")
+        return f"{len(events)} events; only a GPU has calls to look for"
+    found = step_trace.findings_of(events)
+    if found is None:
+        raise Failure("there are fewer than two launches of graphs in the timeline")
+    if found["allocates"] or found["waits"]:
+        raise Failure("a warm step calls " + ", ".join(found["allocates"] + found["waits"])
+                      + "; " + step_trace.sentence_of(found))
+    return step_trace.sentence_of(found)
+
+
 class Report:
     """Checks and timings as they come."""
 
@@ -506,6 +526,7 @@ def make_report(runner, sizes):
         for dtype in dtypes:
             found.check(f"graph {dtype}", check_graph, runner, training[0], dtype)
         found.check("resume bf16", check_resume, runner, training[0], "bf16")
+    found.check("trace", check_trace, runner, *sizes.steps[0])
     needed = ("kernels", "training starts")
     for dtype, arguments in sizes.steps:
         found.time(runner, ["step", "--explain", "--dtype", dtype, *arguments],

@@ -55,4 +55,15 @@ OpenDevice open_device(const std::string& name, const std::string& asked_as) {
   }
 }
 
+void move_to_device(RwkvModel& model, const OpenDevice& device) {
+  const int64_t n_embd = model->config().n_embd;
+  if (device.runtime != nullptr && n_embd > device.runtime->max_channels()) {
+    throw std::invalid_argument("n_embd = " + std::to_string(n_embd) + ": the kernels of " +
+                                device.device.str() + " take at most " +
+                                std::to_string(device.runtime->max_channels()) +
+                                "; use a smaller model or the device \"cpu\"");
+  }
+  model->to(device.device);
+}
+
 }  // namespace rwkv

@@ -6,6 +6,7 @@
 #include <ATen/core/Tensor.h>
 
 #include "model/ops/device_runtime.h"
+#include "model/rwkv_model.h"
 
 namespace rwkv {
 
@@ -19,5 +20,8 @@ struct OpenDevice {
 // (such as "--device cuda") and says what to do, if the driver, a GPU or the library is missing or
 // too old. One CUDA device a process.
 OpenDevice open_device(const std::string& name, const std::string& asked_as);
+
+// Throws std::invalid_argument if the device's ops are not for a model of that size.
+void move_to_device(RwkvModel& model, const OpenDevice& device);
 
 }  // namespace rwkv

@@ -181,7 +181,7 @@ void Trainer::start(std::optional<int64_t> before_step) {
   }
   started_step_ = state_.step;
   freeze_parameters(model_, config_.optimizer.freeze);
-  model_->to(device_.device);
+  move_to_device(model_, device_);
   model_->set_recompute(recompute_of(config_.train.recompute));
   // A GPU's memory is dear; the sum of several gradients keeps fp32.
   const bool on_gpu = device_.runtime != nullptr;

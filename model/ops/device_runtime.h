@@ -40,6 +40,8 @@ class DeviceRuntime {
   virtual at::Device device() const = 0;
   // "NVIDIA H100 80GB HBM3, compute capability 9.0".
   virtual std::string name() const = 0;
+  // Channels (n_embd) that its ops take at most.
+  virtual int64_t max_channels() const = 0;
   virtual DeviceMemory memory() const = 0;
   // Gives memory that no tensor uses back, and starts the peaks anew.
   virtual void reset_memory() = 0;

@@ -8,12 +8,15 @@ import os
 import pathlib
 import subprocess
 import sys
+import unittest
 
 import support
 
 SCRIPTS = pathlib.Path(__file__).resolve().parents[2] / "scripts"
+sys.path.append(str(SCRIPTS))
+import step_trace  # noqa: E402
 CHECKS = ["kernels", "training starts", "steps fp32", "steps bf16", "graph fp32", "graph bf16",
-          "resume bf16"]
+          "resume bf16", "trace"]
 
 
 class GpuCheck(support.Folder):
@@ -56,7 +59,8 @@ class GpuCheck(support.Folder):
         # No kernels of a device on the CPU.
         self.assertEqual([check["result"] for check in report["checks"]],
                          ["skipped", *["passed"] * (len(CHECKS) - 1)])
-        self.assertRegex(report["checks"][-1]["detail"], "^killed after step_0+[1-9].* equal bit")
+        self.assertRegex(report["checks"][-2]["detail"], "^killed after step_0+[1-9].* equal bit")
+        self.assertRegex(report["checks"][-1]["detail"], "^[0-9]+ events; only a GPU has calls")
         for name in ("device", "rookery", "torch", "system", "processor"):
             self.assertTrue(report["facts"][name], name)
         benchmarks = [timing["command"].split()[2] for timing in report["timings"]]
@@ -126,6 +130,42 @@ class GpuCheck(support.Folder):
                               capture_output=True, text=True, check=False)
         self.assertEqual(done.returncode, 2)
         self.assertIn("bin/rookery is not there; make it with scripts/package_gpu.sh", done.stderr)
+
+
+
+class StepTrace(unittest.TestCase):
+    """What is read from a timeline, of made-up ones: (category, name, begin, duration)."""
+
+    # The trace's own beginning and end allocate and wait.
+    STEPS = (("cuda_runtime", "cudaMalloc", 0, 5), ("cuda_runtime", "cudaGraphLaunch", 10, 2),
+             ("cuda_runtime", "cudaEventSynchronize", 14, 3), ("cuda_runtime", "cudaMemcpyAsync", 18, 1),
+             ("cuda_runtime", "cudaGraphLaunch", 20, 2), ("cuda_runtime", "cudaDeviceSynchronize", 30, 9),
+             ("kernel", "a", 12, 4), ("kernel", "b", 15, 3), ("gpu_memcpy", "c", 20, 2))
+
+    def findings(self, *more):
+        return step_trace.findings_of([
+            {"ph": "X", "cat": category, "name": name, "ts": begin, "dur": duration}
+            for category, name, begin, duration in (*self.STEPS, *more)])
+
+    def test_counts_between_the_launches_alone(self):
+        found = self.findings()
+        self.assertEqual(found["launches"], 2)
+        self.assertEqual((found["allocates"], found["waits"]), ([], []))
+        self.assertEqual(found["calls"], {"cudaEventSynchronize": 1, "cudaGraphLaunch": 2,
+                                          "cudaMemcpyAsync": 1})
+
+    def test_counts_work_side_by_side_once(self):
+        found = self.findings()
+        self.assertEqual((found["gpu_us"], found["gpu_busy_us"], found["longest_pause_us"]), (10, 8, 2))
+
+    def test_names_what_allocates_and_waits(self):
+        for name in ("cudaMalloc", "cudaFree", "cudaHostAlloc", "cuMemCreate"):
+            self.assertEqual(self.findings(("cuda_runtime", name, 15, 1))["allocates"], [name])
+        for name in ("cudaStreamSynchronize", "cudaDeviceSynchronize", "cudaMemcpy"):
+            self.assertEqual(self.findings(("cuda_runtime", name, 15, 1))["waits"], [name])
+
+    def test_says_nothing_of_steps_without_graphs(self):
+        self.assertIsNone(step_trace.findings_of([]))
 
 
 if __name__ == "__main__":

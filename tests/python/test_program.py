@@ -423,6 +423,16 @@ class Bench(support.Folder):
         self.assertEqual([row["what"] for row in rows],
                          ["prefill of 7 L1 D24 V50 bf16", "decode a token L1 D24 V50 bf16"])
 
+    def test_of_a_step_writes_its_timeline(self):
+        trace = self.folder / "trace.json"
+        self.rows("step", *self.TINY, "--batch", 2, "--ctx-len", 5, "--dtype", "fp32",
+                  "--trace", trace)
+        names = [event.get("name")
+                 for event in json.loads(trace.read_text(encoding="utf-8"))["traceEvents"]]
+        # Of three steps, and not of those before them.
+        self.assertEqual(names.count("rookery::adamw_"), 3)
+        self.assertEqual(names.count("rookery::wkv4_backward"), 3)
+
     def test_of_ops_has_every_op_beside_plain_ones(self):
         rows = self.rows("ops", *self.TINY, "--batch", 2, "--ctx-len", 5, "--dtype", "fp32")
         self.assertEqual([row["what"].split()[0] for row in rows],

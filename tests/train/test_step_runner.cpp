@@ -2,10 +2,12 @@
 // records does nothing until it is replayed, as on a GPU.
 #include <ATen/ATen.h>
 
+#include <gmock/gmock.h>
 #include <gtest/gtest.h>
 
 #include "tests/support/tensors.h"
 #include "tests/support/test_data.h"
+#include "train/device.h"
 #include "train/step_runner.h"
 
 namespace rwkv {
@@ -36,6 +38,7 @@ class RecordingCpu final : public ops::DeviceRuntime {
 
   at::Device device() const override { return at::kCPU; }
   std::string name() const override { return "a CPU that records"; }
+  int64_t max_channels() const override { return 8; }
   ops::DeviceMemory memory() const override { return {}; }
   void reset_memory() override {}
   void synchronize() override {}
@@ -102,6 +105,14 @@ TEST(StepRunner, ReplaysWhatItRecordedBitForBit) {
   expect_same(train(&device), eager);
   // First micro-batch, later ones, update.
   EXPECT_EQ(device.recorded, 3);
+}
+
+TEST(Device, RefusesAModelWiderThanItsOps) {
+  RecordingCpu device;
+  RwkvModel model = open_model(test::golden("rwkv4_odd.safetensors"), at::kFloat);
+  EXPECT_THAT(THROWN_TEXT(std::invalid_argument,
+                          move_to_device(model, {.device = at::kCPU, .runtime = &device})),
+              testing::HasSubstr("n_embd = 40: the kernels of cpu take at most 8; use"));
 }
 
 TEST(StepRunner, GoesOnWithoutRecordingWhereThatFails) {

@@ -9,6 +9,8 @@
 
 #include "model/rwkv_model.h"
 #include "train/bench/op_times.h"
+#include "train/bench/trace.h"
+#include "train/device.h"
 #include "train/machine.h"
 #include "train/machine_rates.h"
 #include "train/optimizer.h"
@@ -169,6 +171,15 @@ double step_floor_s(RwkvModel model, double tokens, at::ScalarType dtype, const 
          optimizer_bytes(static_cast<double>(model->num_parameters()), dtype) / rates.bytes_per_s;
 }
 
+constexpr int64_t kTracedSteps = 3;
+void trace_steps(const BenchSettings& settings,
+                 at::Device device,
+                 const std::function<void()>& steps) {
+  if (!settings.trace.empty()) {
+    write_trace(settings.trace, device, steps);
+  }
+}
+
 // As the trainer makes it on a device: recorded, its numbers read a step late.
 BenchRow bench_step_on(ops::DeviceRuntime& runtime,
                        const StepShape& shape,
@@ -179,7 +190,7 @@ BenchRow bench_step_on(ops::DeviceRuntime& runtime,
                         .bytes_per_s = update_bytes_per_s(&runtime)};
   runtime.reset_memory();
   RwkvModel model = random_model(shape.model);
-  model->to(runtime.device());
+  move_to_device(model, {.device = runtime.device(), .runtime = &runtime});
   model->set_recompute(settings.recompute);
   Optimizer optimizer(model, {}, dtype, {.split_masters = true, .bf16_gradient = true});
   const at::Tensor tokens_BT =
@@ -207,6 +218,12 @@ BenchRow bench_step_on(ops::DeviceRuntime& runtime,
                            {"reserved_mb", static_cast<double>(memory.peak_reserved_bytes) / 1e6}},
                .conditions = {{"matmul_gflops_per_s", rates.flops_per_s / 1e9},
                               {"update_gb_per_s", rates.bytes_per_s / 1e9}}};
+  trace_steps(settings, runtime.device(), [&] {
+    for (int64_t i = 0; i < kTracedSteps; ++i) {
+      step();
+    }
+    before.wait();
+  });
   if (detail == StepDetail::kByOp) {
     // A replay shows no ops: the same step, one op after another.
     StepRunner by_op(model, optimizer, &runtime, {.l2wrap = kL2Wrap, .record = false});
@@ -278,6 +295,11 @@ BenchRow bench_step(const StepShape& shape,
                .conditions = {{"threads", at::get_num_threads()},
                               {"matmul_gflops_per_s", rates.flops_per_s / 1e9},
                               {"update_gb_per_s", rates.bytes_per_s / 1e9}}};
+  trace_steps(settings, at::kCPU, [&] {
+    for (int64_t i = 0; i < kTracedSteps; ++i) {
+      step();
+    }
+  });
   if (detail == StepDetail::kByOp) {
     row.parts = explain_step(model, shape, dtype, rates, settings.repeats, step);
   }

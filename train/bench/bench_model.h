@@ -2,6 +2,7 @@
 #pragma once
 
 #include <cstdint>
+#include <string>
 
 #include <ATen/core/ScalarType.h>
 
@@ -19,6 +20,8 @@ struct BenchSettings {
   int64_t repeats = 10;
   ops::DeviceRuntime* runtime = nullptr;  // of the device; null is the CPU
   Recompute recompute = Recompute::kNone;
+  // Where to write a timeline of three steps more, of a step's benchmark; empty for none.
+  std::string trace = {};
 };
 
 // A training step as the trainer makes it: forward, backward, then the rest (gradient norm,

@@ -165,6 +165,9 @@ int bench_step_command(int argc, char** argv) {
   add("recompute",
       "in backward: none, mixes or blocks (train.recompute)",
       value<std::string>()->default_value("none"));
+  add("trace",
+      "write a timeline of three steps to this file, for ui.perfetto.dev; of one shape and dtype",
+      value<std::string>());
   add_device_option(add);
   add_run_options(add, "10");
   const auto parsed =
@@ -175,13 +178,19 @@ int bench_step_command(int argc, char** argv) {
   const std::vector<StepShape> shapes = shapes_with_batch(*parsed);
   const int64_t repeats = positive(*parsed, "repeats");
   const Recompute recompute = recompute_of(*parsed);
+  const std::string trace = parsed->count("trace") > 0 ? (*parsed)["trace"].as<std::string>() : "";
+  if (!trace.empty() && shapes.size() * dtypes_of(*parsed).size() != 1) {
+    throw std::invalid_argument("--trace " + trace +
+                                ": one file holds one step; give one --shape and one --dtype");
+  }
   const StepDetail detail = parsed->count("explain") > 0 ? StepDetail::kByOp : StepDetail::kWhole;
   report(*parsed, rows_of_all(*parsed, shapes, [&](const StepShape& shape, at::ScalarType dtype) {
     return std::vector{bench_step(shape,
                                   dtype,
                                   {.repeats = repeats,
                                    .runtime = open_device_option(*parsed).runtime,
-                                   .recompute = recompute},
+                                   .recompute = recompute,
+                                   .trace = trace},
                                   detail)};
   }));
   return 0;

@@ -31,7 +31,7 @@ RwkvModel open_model_with(const cxxopts::ParseResult& parsed, const std::string&
   const ComputeDtype dtype = parse_dtype(parsed["dtype"].as<std::string>());
   const OpenDevice device = open_device_option(parsed);
   RwkvModel model = open_model(path, dtype == ComputeDtype::kBf16 ? at::kBFloat16 : at::kFloat);
-  model->to(device.device);
+  move_to_device(model, device);
   return model;
 }
 
