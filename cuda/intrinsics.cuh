@@ -11,6 +11,13 @@
 
 namespace rwkv {
 
+// The architecture that this pass of nvcc compiles for, as 800 for sm_80; 0 in the host's.
+#ifdef __CUDA_ARCH__
+constexpr int kArchitecture = __CUDA_ARCH__;
+#else
+constexpr int kArchitecture = 0;
+#endif
+
 #ifdef RWKV_HOST_DEVICE
 
 __device__ __forceinline__ void* shared_memory() {

@@ -84,8 +84,8 @@ template <bool kVectors>
 class Channels {
  public:
   __device__ __forceinline__ Channels(int64_t n_embd, bool vectors)
-      : first_(static_cast<int>(threadIdx.x) * kPerThread),
-        count_(static_cast<int>(n_embd) - first_),
+      : first_(threadIdx.x * kPerThread),
+        count_(static_cast<int>(n_embd) - static_cast<int>(first_)),
         vectors_(vectors && count_ >= kPerThread) {}
 
   __device__ __forceinline__ bool owns(int i) const { return i < count_; }
@@ -93,14 +93,14 @@ class Channels {
   template <typename Element>
   __device__ __forceinline__ void load(const Element* row, float (&x)[kPerThread]) const {
     if (kVectors || vectors_) {
-      load8(row + (count_ > 0 ? first_ : 0), x);
+      load8(row + (count_ > 0 ? first_ : 0u), x);
     } else {
       load_first(row + first_, count_, x);
     }
   }
   template <typename Element>
   __device__ __forceinline__ Packed<Element> load_packed(const Element* row) const {
-    return *reinterpret_cast<const Packed<Element>*>(row + (count_ > 0 ? first_ : 0));
+    return *reinterpret_cast<const Packed<Element>*>(row + (count_ > 0 ? first_ : 0u));
   }
   template <typename Element>
   __device__ __forceinline__ void store(Element* row, const float (&x)[kPerThread]) const {
@@ -112,7 +112,8 @@ class Channels {
   }
 
  private:
-  int first_;
+  // Unsigned: as an offset into memory, too, it is one register.
+  uint32_t first_;
   int count_;  // channels from the first to the row's end
   bool vectors_;
 };
@@ -514,10 +515,15 @@ struct BackwardWalk {
     float own_weight[kPerThread], bias[kPerThread], carry[kPerThread];
     weight.get(channels, a.weight, own_weight);
     channels.load(a.bias, bias);
+#pragma unroll
+    for (int i = 0; i < kPerThread; ++i) {
+      difference[i] = fmaf(x[i], own_weight[i], bias[i]);
+    }
+    // Last, when weight and bias have left their registers.
     channels.load(a.carry + row * a.sizes.n_embd, carry);
 #pragma unroll
     for (int i = 0; i < kPerThread; ++i) {
-      difference[i] = fmaf(x[i], own_weight[i], bias[i]) - carry[i];
+      difference[i] -= carry[i];
     }
   }
 
@@ -680,7 +686,8 @@ struct BackwardWalk {
   // Sums of threads to averages over the row.
   template <int kTokens>
   __device__ __forceinline__ void average(float2 (&sums_of_thread)[kTokens]) {
-    const int warp = static_cast<int>(threadIdx.x) / kWarpSize;
+    // Unsigned: one instruction that may be repeated, no register kept.
+    const unsigned warp = threadIdx.x / kWarpSize;
     const int warps = static_cast<int>(blockDim.x) / kWarpSize;
     WarpPairs* const shared = pairs_of_step<kBackwardTokens<kMixes>>(step++);
 #pragma unroll
@@ -725,13 +732,12 @@ __global__ void __launch_bounds__(kBackwardThreads<Element, kMixes>, 1)
             .xhat = {},
             .later = {}};
   const Tokens tokens = own_tokens(a.sizes.batch_size * a.sizes.seq_len);
-  int64_t end = tokens.end;
-  while (end > tokens.begin) {
-    const int64_t row = (end - 1) / a.sizes.seq_len;
+  int64_t token = tokens.end - 1;
+  while (token >= tokens.begin) {
+    const int64_t row = token / a.sizes.seq_len;
     const int64_t row_begin = row * a.sizes.seq_len;
     const int64_t begin = row_begin > tokens.begin ? row_begin : tokens.begin;
-    walk.start(end, row);
-    int64_t token = end - 1;
+    walk.start(token + 1, row);
     for (; token - kTokens + 1 >= begin; token -= kTokens) {
       walk.template walk<kTokens>(token, row);
     }
@@ -743,7 +749,6 @@ __global__ void __launch_bounds__(kBackwardThreads<Element, kMixes>, 1)
     if (a.sizes.num_mixes > 0 && begin == row_begin) {
       walk.store_dcarry(row);
     }
-    end = begin;
   }
   walk.sums.store(channels, rows, n_embd);
 }

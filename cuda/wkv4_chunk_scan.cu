@@ -7,10 +7,10 @@
 // once. With fewer, T is split: a first kernel finds each tile's sums, a second puts them together
 // in order, and the third is the same as without a split. Shared memory is 17 KB a tensor and two
 // stages, and 3 to 6 KB of sums: forward 37 KB (54 KB with a gate), backward 57 KB (74 KB), so 5
-// and 3 (4 and 3) blocks a multiprocessor of an H100, with 96 and 168 registers a thread. Floor,
-// bytes an element in bf16: forward 6, with a gate 8; backward 10, with a gate 14. Carries add 0.1.
-// A split reads the inputs once more: 10, 12; 16, 22. Assumed: w_log < 0; nothing else of the
-// inputs' range.
+// and 3 (4 and 3) blocks a multiprocessor of an H100, with 96 and 168 registers a thread (before
+// sm_90 fewer blocks, and so up to 229 registers). Floor, bytes an element in bf16: forward 6, with
+// a gate 8; backward 10, with a gate 14. Carries add 0.1. A split reads the inputs once more: 10,
+// 12; 16, 22. Assumed: w_log < 0; nothing else of the inputs' range.
 #include <algorithm>
 
 #include "cuda/launch.h"
@@ -173,8 +173,13 @@ __global__ void __launch_bounds__(kThreads, 5) chunk_forward_kernel(const Wkv4Fo
       args, layout.words, *static_cast<ForwardShared<kGate>*>(shared_memory()), walk);
 }
 
+// That share a multiprocessor, as far as shared memory goes: 3 of 58 or 76 KB in the 227 KB of
+// sm_90 and up, 2 in the 163 KB of sm_80, 1 in the 99 KB of sm_86 and 89. With 2, every register is
+// theirs.
+constexpr int kBackwardBlocks = kArchitecture >= 900 ? 3 : 2;
+
 template <typename Element, bool kGate, Task kTask>
-__global__ void __launch_bounds__(kThreads, 3)
+__global__ void __launch_bounds__(kThreads, kBackwardBlocks)
     chunk_backward_kernel(const Wkv4Backward<Element> args,
                           const Plan plan,
                           const Layout layout,

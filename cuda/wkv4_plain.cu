@@ -19,6 +19,8 @@ constexpr int kThreads = 128;
 constexpr int kTileLen = kWkv4CarryLen;
 constexpr int kPieceLen = 16;
 constexpr int kPieces = kTileLen / kPieceLen;
+// Blocks of backward that share a multiprocessor: as many as leave registers for 16 tokens' states.
+constexpr int kBackwardBlocks = kArchitecture < 1000 ? 5 : 4;
 
 template <typename Element>
 __global__ void __launch_bounds__(kThreads) plain_forward_kernel(const Wkv4Forward<Element> args) {
@@ -57,9 +59,10 @@ __global__ void __launch_bounds__(kThreads) plain_forward_kernel(const Wkv4Forwa
 }
 
 template <typename Element>
-__global__ void __launch_bounds__(kThreads) plain_backward_kernel(const Wkv4Backward<Element> args,
-                                                                  float* __restrict__ dw_rows,
-                                                                  float* __restrict__ du_rows) {
+__global__ void __launch_bounds__(kThreads, kBackwardBlocks)
+    plain_backward_kernel(const Wkv4Backward<Element> args,
+                          float* __restrict__ dw_rows,
+                          float* __restrict__ du_rows) {
   const int64_t thread = static_cast<int64_t>(blockIdx.x) * kThreads + threadIdx.x;
   if (thread >= args.B * args.A) {
     return;
