@@ -28,7 +28,7 @@
 #include "cuda/column_sum_kernel.h"
 #include "cuda/launch.h"
 #include "cuda/layer_norm_shift_mix_kernel.h"
-#include "cuda/vector_io.cuh"
+#include "cuda/packed.cuh"
 
 namespace rwkv {
 namespace {
@@ -55,29 +55,6 @@ constexpr int kBackwardThreads = kMixes == kAnyMixes                   ? kMaxWar
 
 // ---- A thread's channels ------------------------------------------------------------------------
 
-template <typename Element>
-struct Packed {
-  std::conditional_t<std::is_same_v<Element, float>, float4, uint4> words[sizeof(Element) / 2];
-};
-__device__ __forceinline__ void unpack(const Packed<float>& packed, float (&x)[kPerThread]) {
-#pragma unroll
-  for (int i = 0; i < 2; ++i) {
-    x[4 * i] = packed.words[i].x, x[4 * i + 1] = packed.words[i].y;
-    x[4 * i + 2] = packed.words[i].z, x[4 * i + 3] = packed.words[i].w;
-  }
-}
-__device__ __forceinline__ void unpack(const Packed<__nv_bfloat16>& packed,
-                                       float (&x)[kPerThread]) {
-  const uint4 four = packed.words[0];
-  const uint32_t words[4] = {four.x, four.y, four.z, four.w};
-#pragma unroll
-  for (int i = 0; i < 4; ++i) {
-    // A bf16 number is the top half of a float.
-    x[2 * i] = __uint_as_float(words[i] << 16);
-    x[2 * i + 1] = __uint_as_float(words[i] & 0xffff0000u);
-  }
-}
-
 // kVectors: rows are whole vectors. Threads beyond the row's end then read its beginning, so that
 // no load stands behind a branch, and own nothing.
 template <bool kVectors>
@@ -99,8 +76,8 @@ class Channels {
     }
   }
   template <typename Element>
-  __device__ __forceinline__ Packed<Element> load_packed(const Element* row) const {
-    return *reinterpret_cast<const Packed<Element>*>(row + (count_ > 0 ? first_ : 0u));
+  __device__ __forceinline__ Packed8<Element> load_packed(const Element* row) const {
+    return load_packed8(row + (count_ > 0 ? first_ : 0u));
   }
   template <typename Element>
   __device__ __forceinline__ void store(Element* row, const float (&x)[kPerThread]) const {
@@ -135,7 +112,7 @@ class Row {
   }
 
  private:
-  Packed<Element> packed_ = {};
+  Packed8<Element> packed_ = {};
 };
 template <typename Element>
 class Row<Element, false> {
@@ -535,7 +512,7 @@ struct BackwardWalk {
     const bool at_start = token - kTokens + 1 == row * a.sizes.seq_len;
 
     // Loads first. xhat of the token before the first is of no use, and may not be there.
-    Packed<Element> gradients[kTokens][kGradients], s_before[kTokens], dsum[kTokens];
+    Packed8<Element> gradients[kTokens][kGradients], s_before[kTokens], dsum[kTokens];
     if constexpr (kVectors) {
 #pragma unroll
       for (int k = 0; k < kTokens; ++k) {
@@ -673,7 +650,7 @@ struct BackwardWalk {
   }
 
   // From what has been loaded before, or now.
-  __device__ __forceinline__ void load_gradient(const Packed<Element>& packed,
+  __device__ __forceinline__ void load_gradient(const Packed8<Element>& packed,
                                                 const Element* from,
                                                 float (&x)[kPerThread]) const {
     if constexpr (kVectors) {

@@ -2,16 +2,17 @@
 #pragma once
 
 #include <cstdint>
+#include <type_traits>
 
 #include "cuda/vector_io.cuh"
 
 namespace rwkv {
 
-// kWidth neighbours as they lie in memory: one access of up to 16 bytes, which must be aligned to
+// kWidth neighbours as they lie in memory: one access of up to 16 bytes, or two of 16, aligned to
 // its size. A width of 1 is an element of a row that is not aligned.
 template <typename Element, int kWidth>
-struct alignas(sizeof(Element) * kWidth) Packed {
-  static_assert(sizeof(Element) * kWidth <= 16, "the longest load is one of 16 bytes");
+struct alignas(sizeof(Element) * kWidth < 16 ? sizeof(Element) * kWidth : 16) Packed {
+  static_assert(sizeof(Element) * kWidth <= 32, "the longest load is two of 16 bytes");
   Element x[kWidth];
 };
 
@@ -26,6 +27,25 @@ __device__ __forceinline__ Packed<Element, kWidth> load_packed(const Element* fr
 template <typename Element, int kWidth>
 __device__ __forceinline__ void store_packed(Element* to, const Packed<Element, kWidth>& value) {
   *reinterpret_cast<Packed<Element, kWidth>*>(to) = value;
+}
+
+// Eight neighbours that wait in registers to be unpacked. bf16 ones stay in their words: halves of
+// registers nvcc would take apart and put together again.
+template <typename Element>
+using Packed8 = Packed<std::conditional_t<std::is_same_v<Element, float>, float, uint32_t>,
+                       2 * static_cast<int>(sizeof(Element))>;
+template <typename Element>
+__device__ __forceinline__ Packed8<Element> load_packed8(const Element* from) {
+  return *reinterpret_cast<const Packed8<Element>*>(from);
+}
+__device__ __forceinline__ void unpack(const Packed8<float>& packed, float (&x)[8]) {
+#pragma unroll
+  for (int i = 0; i < 8; ++i) {
+    x[i] = packed.x[i];
+  }
+}
+__device__ __forceinline__ void unpack(const Packed8<__nv_bfloat16>& packed, float (&x)[8]) {
+  unpack_words(packed.x, x);
 }
 
 // Whether accesses of `bytes` at this address are aligned.

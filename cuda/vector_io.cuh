@@ -35,6 +35,16 @@ __device__ __forceinline__ __nv_bfloat16 from_float<__nv_bfloat16>(float x) {
   return __float2bfloat16_rn(x);
 }
 
+// Eight bf16 numbers from their words.
+__device__ __forceinline__ void unpack_words(const uint32_t (&words)[4], float (&x)[8]) {
+#pragma unroll
+  for (int i = 0; i < 4; ++i) {
+    // A bf16 number is the top half of a float.
+    x[2 * i] = __uint_as_float(words[i] << 16);
+    x[2 * i + 1] = __uint_as_float(words[i] & 0xffff0000u);
+  }
+}
+
 // Eight neighbouring elements; the address must be 16-byte aligned (32 bytes are two loads).
 __device__ __forceinline__ void load8(const float* from, float (&x)[8]) {
   const float4 low = reinterpret_cast<const float4*>(from)[0];
@@ -44,13 +54,7 @@ __device__ __forceinline__ void load8(const float* from, float (&x)[8]) {
 }
 __device__ __forceinline__ void load8(const __nv_bfloat16* from, float (&x)[8]) {
   const uint4 packed = *reinterpret_cast<const uint4*>(from);
-  const uint32_t words[4] = {packed.x, packed.y, packed.z, packed.w};
-#pragma unroll
-  for (int i = 0; i < 4; ++i) {
-    // A bf16 number is the top half of a float.
-    x[2 * i] = __uint_as_float(words[i] << 16);
-    x[2 * i + 1] = __uint_as_float(words[i] & 0xffff0000u);
-  }
+  unpack_words({packed.x, packed.y, packed.z, packed.w}, x);
 }
 __device__ __forceinline__ void store8(float* to, const float (&x)[8]) {
   reinterpret_cast<float4*>(to)[0] = make_float4(x[0], x[1], x[2], x[3]);
