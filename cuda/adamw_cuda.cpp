@@ -68,32 +68,19 @@ void adamw(const std::optional<at::Tensor>& master,
            double beta1,
            double beta2,
            double eps) {
-  const AdamwRanges ranges = ranges_of(bounds, lr_scales, weight_decays);
-  const AdamwFactors factors{.beta1 = beta1, .beta2 = beta2, .eps = eps};
-  const auto* numbers = pointer<AdamwNumbers>(control);
-  const at::Tensor weights_or_none = weights.value_or(at::Tensor());
   with_element("adamw_", gradient, [&](auto element) {
     using Gradient = decltype(element);
-    const cudaError_t error =
-        master ? launch_adamw(mutable_pointer<float>(*master),
-                              mutable_pointer<__nv_bfloat16>(weights_or_none),
-                              mutable_pointer<float>(m),
-                              mutable_pointer<float>(v),
-                              pointer<Gradient>(gradient),
-                              ranges,
-                              factors,
-                              numbers,
-                              current_stream())
-               : launch_adamw_split(mutable_pointer<__nv_bfloat16>(weights_or_none),
-                                    mutable_pointer<int16_t>(*low),
-                                    mutable_pointer<float>(m),
-                                    mutable_pointer<float>(v),
-                                    pointer<Gradient>(gradient),
-                                    ranges,
-                                    factors,
-                                    numbers,
-                                    current_stream());
-    RWKV_CUDA_CHECK(error, "adamw_ of ", m.sizes());
+    const AdamwUpdate<Gradient> arguments{
+        .master = mutable_pointer<float>(master.value_or(at::Tensor())),
+        .weights = mutable_pointer<__nv_bfloat16>(weights.value_or(at::Tensor())),
+        .low = mutable_pointer<int16_t>(low.value_or(at::Tensor())),
+        .m = mutable_pointer<float>(m),
+        .v = mutable_pointer<float>(v),
+        .gradient = pointer<Gradient>(gradient),
+        .ranges = ranges_of(bounds, lr_scales, weight_decays),
+        .factors = {.beta1 = beta1, .beta2 = beta2, .eps = eps},
+        .numbers = pointer<AdamwNumbers>(control)};
+    RWKV_CUDA_CHECK(launch_adamw(arguments, current_stream()), "adamw_ of ", m.sizes());
   });
 }
 

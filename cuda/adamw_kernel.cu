@@ -310,16 +310,16 @@ cudaError_t resident_blocks(int64_t* blocks) {
 }
 
 template <typename Gradient, typename Master>
-cudaError_t launch_update(const UpdateBuffers<Gradient, Master>& buffers,
-                          const AdamwRanges& ranges,
-                          const AdamwFactors& factors,
-                          const AdamwNumbers* numbers,
+cudaError_t launch_update(const AdamwUpdate<Gradient>& a,
+                          const Master& master,
                           cudaStream_t stream) {
+  const UpdateBuffers<Gradient, Master> buffers{master, a.m, a.v, a.gradient};
+  const AdamwRanges& ranges = a.ranges;
   if (ranges.count < 0 || ranges.count > kMaxAdamwRanges) {
     return cudaErrorInvalidValue;
   }
-  if (!buffers.master.is_aligned_to_16() || !is_aligned(buffers.m, 16) ||
-      !is_aligned(buffers.v, 16) || !is_aligned(buffers.gradient, 16)) {
+  if (!master.is_aligned_to_16() || !is_aligned(a.m, 16) || !is_aligned(a.v, 16) ||
+      !is_aligned(a.gradient, 16)) {
     return cudaErrorMisalignedAddress;
   }
   int64_t pieces = 0;
@@ -341,8 +341,8 @@ cudaError_t launch_update(const UpdateBuffers<Gradient, Master>& buffers,
                        stream,
                        buffers,
                        ranges,
-                       factors,
-                       numbers);
+                       a.factors,
+                       a.numbers);
 }
 
 // ---- Split masters ------------------------------------------------------------------------------
@@ -420,37 +420,10 @@ cudaError_t launch_begin_adamw(AdamwNumbers* numbers,
 }
 
 template <typename Gradient>
-cudaError_t launch_adamw(float* master,
-                         __nv_bfloat16* weights,
-                         float* m,
-                         float* v,
-                         const Gradient* gradient,
-                         const AdamwRanges& ranges,
-                         const AdamwFactors& factors,
-                         const AdamwNumbers* numbers,
-                         cudaStream_t stream) {
-  return launch_update(UpdateBuffers<Gradient, WholeMaster>{{master, weights}, m, v, gradient},
-                       ranges,
-                       factors,
-                       numbers,
-                       stream);
-}
-
-template <typename Gradient>
-cudaError_t launch_adamw_split(__nv_bfloat16* weights,
-                               int16_t* low,
-                               float* m,
-                               float* v,
-                               const Gradient* gradient,
-                               const AdamwRanges& ranges,
-                               const AdamwFactors& factors,
-                               const AdamwNumbers* numbers,
-                               cudaStream_t stream) {
-  return launch_update(UpdateBuffers<Gradient, HalvedMaster>{{weights, low}, m, v, gradient},
-                       ranges,
-                       factors,
-                       numbers,
-                       stream);
+cudaError_t launch_adamw(const AdamwUpdate<Gradient>& arguments, cudaStream_t stream) {
+  const auto& a = arguments;
+  return a.master != nullptr ? launch_update(a, WholeMaster{a.master, a.weights}, stream)
+                             : launch_update(a, HalvedMaster{a.weights, a.low}, stream);
 }
 
 cudaError_t launch_split_master(
@@ -473,24 +446,7 @@ cudaError_t launch_join_master(const __nv_bfloat16* weights,
 #define RWKV_INSTANTIATE(Element)                               \
   template cudaError_t launch_add_sum_of_squares(               \
       const Element*, int64_t, double*, double*, cudaStream_t); \
-  template cudaError_t launch_adamw(float*,                     \
-                                    __nv_bfloat16*,             \
-                                    float*,                     \
-                                    float*,                     \
-                                    const Element*,             \
-                                    const AdamwRanges&,         \
-                                    const AdamwFactors&,        \
-                                    const AdamwNumbers*,        \
-                                    cudaStream_t);              \
-  template cudaError_t launch_adamw_split(__nv_bfloat16*,       \
-                                          int16_t*,             \
-                                          float*,               \
-                                          float*,               \
-                                          const Element*,       \
-                                          const AdamwRanges&,   \
-                                          const AdamwFactors&,  \
-                                          const AdamwNumbers*,  \
-                                          cudaStream_t);
+  template cudaError_t launch_adamw(const AdamwUpdate<Element>&, cudaStream_t);
 RWKV_INSTANTIATE(float)
 RWKV_INSTANTIATE(__nv_bfloat16)
 #undef RWKV_INSTANTIATE

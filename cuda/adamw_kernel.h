@@ -64,40 +64,29 @@ struct AdamwRanges {
   AdamwRange ranges[kMaxAdamwRanges];
 };
 
-// Of the elements in the ranges, with the numbers that launch_begin_adamw has left; nothing if they
-// say skip. Arithmetic is fp32, each element's own.
-//   gradient   Gradient, float or __nv_bfloat16
-//   m, v       fp32, the moments
-//   master     fp32
-//   weights    bf16, becomes master rounded to nearest even; null: there are none
-// Buffers must begin at a multiple of 16 bytes: cudaErrorMisalignedAddress. cudaErrorInvalidValue
-// for more ranges than the table holds.
-template <typename Gradient>
-cudaError_t launch_adamw(float* master,
-                         __nv_bfloat16* weights,
-                         float* m,
-                         float* v,
-                         const Gradient* gradient,
-                         const AdamwRanges& ranges,
-                         const AdamwFactors& factors,
-                         const AdamwNumbers* numbers,
-                         cudaStream_t stream);
-
-// The same with the master split into weights and low, which hold
+// The master weights are fp32, or split into weights and low, which hold
 //   bits(master) = bits(weight) * 2^16 + low, low in [-2^15, 2^15)
 // so that the weight is the master rounded to nearest, ties away from zero (ties to even would need
 // a 17th bit of low). Every number comes back exactly, denormals and infinities too, and a NaN as a
 // NaN in both.
 template <typename Gradient>
-cudaError_t launch_adamw_split(__nv_bfloat16* weights,
-                               int16_t* low,
-                               float* m,
-                               float* v,
-                               const Gradient* gradient,
-                               const AdamwRanges& ranges,
-                               const AdamwFactors& factors,
-                               const AdamwNumbers* numbers,
-                               cudaStream_t stream);
+struct AdamwUpdate {
+  float* master = nullptr;  // null: split
+  // Beside a whole master what it is rounded to, to nearest even; null: there are none.
+  __nv_bfloat16* weights = nullptr;
+  int16_t* low = nullptr;  // of a split master only
+  float* m = nullptr;      // the moments
+  float* v = nullptr;
+  const Gradient* gradient = nullptr;  // float or __nv_bfloat16
+  AdamwRanges ranges{};
+  AdamwFactors factors{};
+  const AdamwNumbers* numbers = nullptr;  // as launch_begin_adamw has left them
+};
+// Updates the elements in the ranges; nothing if the numbers say skip. Arithmetic is fp32, each
+// element's own, and the same for a whole and a split master. Buffers must begin at a multiple of
+// 16 bytes: cudaErrorMisalignedAddress. cudaErrorInvalidValue for more ranges than the table holds.
+template <typename Gradient>
+cudaError_t launch_adamw(const AdamwUpdate<Gradient>& arguments, cudaStream_t stream);
 
 // Buffers [n] as above.
 cudaError_t launch_split_master(

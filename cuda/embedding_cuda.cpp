@@ -16,15 +16,14 @@ at::Tensor embedding(const at::Tensor& weight_VC, const at::Tensor& tokens_BT) {
   const at::Tensor out = at::empty(shape, weight_VC.options());
   with_element("embedding", weight_VC, [&](auto element) {
     using Element = decltype(element);
-    RWKV_CUDA_CHECK(launch_embedding(pointer<Element>(weight_VC),
-                                     pointer<int64_t>(tokens_BT),
-                                     mutable_pointer<Element>(out),
-                                     tokens_BT.numel(),
-                                     weight_VC.size(0),
-                                     weight_VC.size(1),
-                                     current_stream()),
-                    "embedding of ",
-                    tokens_BT.sizes());
+    const EmbeddingForward<Element> arguments{.N = tokens_BT.numel(),
+                                              .V = weight_VC.size(0),
+                                              .C = weight_VC.size(1),
+                                              .weight = pointer<Element>(weight_VC),
+                                              .tokens = pointer<int64_t>(tokens_BT),
+                                              .out = mutable_pointer<Element>(out)};
+    RWKV_CUDA_CHECK(
+        launch_embedding(arguments, current_stream()), "embedding of ", tokens_BT.sizes());
   });
   return out;
 }
@@ -43,15 +42,15 @@ at::Tensor embedding_backward(const at::Tensor& dy_BTC,
   const at::Tensor& order = order_N;
   with_element("embedding backward", dy_BTC, [&](auto element) {
     using Element = decltype(element);
-    RWKV_CUDA_CHECK(launch_embedding_backward(pointer<Element>(dy_BTC),
-                                              pointer<int64_t>(sorted),
-                                              pointer<int64_t>(order),
-                                              mutable_pointer<Element>(dweight_VC),
-                                              mutable_pointer<float>(scratch),
-                                              num_tokens,
-                                              vocab_size,
-                                              n_embd,
-                                              current_stream()),
+    const EmbeddingBackward<Element> arguments{.N = num_tokens,
+                                               .V = vocab_size,
+                                               .C = n_embd,
+                                               .dy = pointer<Element>(dy_BTC),
+                                               .sorted_tokens = pointer<int64_t>(sorted),
+                                               .order = pointer<int64_t>(order),
+                                               .dweight = mutable_pointer<Element>(dweight_VC),
+                                               .scratch = mutable_pointer<float>(scratch)};
+    RWKV_CUDA_CHECK(launch_embedding_backward(arguments, current_stream()),
                     "embedding backward of ",
                     dy_BTC.sizes());
   });

@@ -223,78 +223,58 @@ LaunchShape shape_of(int64_t blocks, int64_t C) {
 }
 
 template <typename Element, int kWidth>
-cudaError_t launch_forward(const Element* weight,
-                           const int64_t* tokens,
-                           Element* out,
-                           int64_t N,
-                           int64_t V,
-                           int64_t C,
-                           cudaStream_t stream) {
+cudaError_t launch_forward(const EmbeddingForward<Element>& a, cudaStream_t stream) {
   return launch_kernel(&embedding_kernel<Element, kWidth>,
-                       shape_of<kWidth>(ceil_div(N, kForwardRows), C),
+                       shape_of<kWidth>(ceil_div(a.N, kForwardRows), a.C),
                        stream,
-                       weight,
-                       tokens,
-                       out,
-                       N,
-                       V,
-                       C);
+                       a.weight,
+                       a.tokens,
+                       a.out,
+                       a.N,
+                       a.V,
+                       a.C);
 }
 
 template <typename Element, int kWidth>
-cudaError_t launch_backward(const Element* dy,
-                            const int64_t* sorted_tokens,
-                            const int64_t* order,
-                            Element* dweight,
-                            float* scratch,
-                            int64_t N,
-                            int64_t V,
-                            int64_t C,
-                            cudaStream_t stream) {
-  const LaunchShape shape = shape_of<kWidth>(ceil_div(N, kPiece), C);
+cudaError_t launch_backward(const EmbeddingBackward<Element>& a, cudaStream_t stream) {
+  const LaunchShape shape = shape_of<kWidth>(ceil_div(a.N, kPiece), a.C);
   const cudaError_t error = launch_kernel(&embedding_backward_kernel<Element, kWidth>,
                                           shape,
                                           stream,
-                                          dy,
-                                          sorted_tokens,
-                                          order,
-                                          dweight,
-                                          scratch,
-                                          N,
-                                          V,
-                                          C);
+                                          a.dy,
+                                          a.sorted_tokens,
+                                          a.order,
+                                          a.dweight,
+                                          a.scratch,
+                                          a.N,
+                                          a.V,
+                                          a.C);
   if (error != cudaSuccess) {
     return error;
   }
   return launch_kernel(&add_partials_kernel<Element, kWidth>,
                        shape,
                        stream,
-                       scratch,
-                       sorted_tokens,
-                       dweight,
-                       N,
-                       V,
-                       C);
+                       a.scratch,
+                       a.sorted_tokens,
+                       a.dweight,
+                       a.N,
+                       a.V,
+                       a.C);
 }
 
 }  // namespace
 
 template <typename Element>
-cudaError_t launch_embedding(const Element* weight,
-                             const int64_t* tokens,
-                             Element* out,
-                             int64_t N,
-                             int64_t V,
-                             int64_t C,
-                             cudaStream_t stream) {
-  if (N == 0 || C == 0) {
+cudaError_t launch_embedding(const EmbeddingForward<Element>& arguments, cudaStream_t stream) {
+  const auto& a = arguments;
+  if (a.N == 0 || a.C == 0) {
     return cudaSuccess;
   }
   const bool aligned =
-      C % kPackedWidth<Element> == 0 && is_aligned(weight, 16) && is_aligned(out, 16);
-  const auto launch =
-      aligned ? &launch_forward<Element, kPackedWidth<Element>> : &launch_forward<Element, 1>;
-  return launch(weight, tokens, out, N, V, C, stream);
+      a.C % kPackedWidth<Element> == 0 && is_aligned(a.weight, 16) && is_aligned(a.out, 16);
+  return aligned ? launch_forward<Element, kPackedWidth<Element>>(a, stream)
+                 : launch_forward<Element, 1>(a, stream);
 }
 
 int64_t embedding_backward_scratch_size(int64_t N, int64_t C) {
@@ -302,43 +282,27 @@ int64_t embedding_backward_scratch_size(int64_t N, int64_t C) {
 }
 
 template <typename Element>
-cudaError_t launch_embedding_backward(const Element* dy,
-                                      const int64_t* sorted_tokens,
-                                      const int64_t* order,
-                                      Element* dweight,
-                                      float* scratch,
-                                      int64_t N,
-                                      int64_t V,
-                                      int64_t C,
+cudaError_t launch_embedding_backward(const EmbeddingBackward<Element>& arguments,
                                       cudaStream_t stream) {
-  if (V == 0 || C == 0) {
+  const auto& a = arguments;
+  if (a.V == 0 || a.C == 0) {
     return cudaSuccess;
   }
   // +0 in every format.
   const cudaError_t error =
-      cudaMemsetAsync(dweight, 0, static_cast<size_t>(V * C) * sizeof(Element), stream);
-  if (error != cudaSuccess || N == 0) {
+      cudaMemsetAsync(a.dweight, 0, static_cast<size_t>(a.V * a.C) * sizeof(Element), stream);
+  if (error != cudaSuccess || a.N == 0) {
     return error;
   }
-  const bool aligned = C % kPackedWidth<Element> == 0 && is_aligned(dy, 16) &&
-                       is_aligned(dweight, 16) && is_aligned(scratch, 16);
-  const auto launch =
-      aligned ? &launch_backward<Element, kPackedWidth<Element>> : &launch_backward<Element, 1>;
-  return launch(dy, sorted_tokens, order, dweight, scratch, N, V, C, stream);
+  const bool aligned = a.C % kPackedWidth<Element> == 0 && is_aligned(a.dy, 16) &&
+                       is_aligned(a.dweight, 16) && is_aligned(a.scratch, 16);
+  return aligned ? launch_backward<Element, kPackedWidth<Element>>(a, stream)
+                 : launch_backward<Element, 1>(a, stream);
 }
 
-#define RWKV_INSTANTIATE(Element)                                                         \
-  template cudaError_t launch_embedding(                                                  \
-      const Element*, const int64_t*, Element*, int64_t, int64_t, int64_t, cudaStream_t); \
-  template cudaError_t launch_embedding_backward(const Element*,                          \
-                                                 const int64_t*,                          \
-                                                 const int64_t*,                          \
-                                                 Element*,                                \
-                                                 float*,                                  \
-                                                 int64_t,                                 \
-                                                 int64_t,                                 \
-                                                 int64_t,                                 \
-                                                 cudaStream_t);
+#define RWKV_INSTANTIATE(Element)                                                        \
+  template cudaError_t launch_embedding(const EmbeddingForward<Element>&, cudaStream_t); \
+  template cudaError_t launch_embedding_backward(const EmbeddingBackward<Element>&, cudaStream_t);
 RWKV_INSTANTIATE(float)
 RWKV_INSTANTIATE(__nv_bfloat16)
 #undef RWKV_INSTANTIATE

@@ -11,40 +11,41 @@ namespace rwkv {
 // and fastest where they begin at a multiple of 16 bytes; any C works. Nothing is allocated. The
 // error is the launch's.
 
-// out_n = weight[token_n].
-//   weight  [V, C]
-//   tokens  [N], int64, each in [0, V): a device cannot throw, so any other gives a row of NaN
-//   out     [N, C]
 template <typename Element>
-cudaError_t launch_embedding(const Element* weight,
-                             const int64_t* tokens,
-                             Element* out,
-                             int64_t N,
-                             int64_t V,
-                             int64_t C,
-                             cudaStream_t stream);
+struct EmbeddingForward {
+  int64_t N = 0;
+  int64_t V = 0;
+  int64_t C = 0;
+  const Element* weight = nullptr;  // [V, C]
+  // [N], each in [0, V): a device cannot throw, so any other gives a row of NaN
+  const int64_t* tokens = nullptr;
+  Element* out = nullptr;  // [N, C]
+};
+// out_n = weight[token_n].
+template <typename Element>
+cudaError_t launch_embedding(const EmbeddingForward<Element>& arguments, cudaStream_t stream);
 
 // Floats that launch_embedding_backward needs as scratch.
 int64_t embedding_backward_scratch_size(int64_t N, int64_t C);
 
-// dweight[v] = sum over n with token_n = v of dy_n, first to last.
-//   dy             [N, C]
-//   sorted_tokens  [N], int64, the tokens in rising order; those outside of [0, V) are left out
-//   order          [N], int64, where each of them stood: of equal ones in rising order, as a stable
-//                  sort leaves them
-//   dweight        [V, C], every row written, zeros where a token does not occur
-//   scratch        [embedding_backward_scratch_size(N, C)], fp32
-// Sums are fp32, of up to 32 rows each and then of these sums, and are rounded once. The order is
-// that of the sorted rows alone, so that two runs agree bit for bit.
 template <typename Element>
-cudaError_t launch_embedding_backward(const Element* dy,
-                                      const int64_t* sorted_tokens,
-                                      const int64_t* order,
-                                      Element* dweight,
-                                      float* scratch,
-                                      int64_t N,
-                                      int64_t V,
-                                      int64_t C,
+struct EmbeddingBackward {
+  int64_t N = 0;
+  int64_t V = 0;
+  int64_t C = 0;
+  const Element* dy = nullptr;  // [N, C]
+  // [N], the tokens in rising order; those outside of [0, V) are left out
+  const int64_t* sorted_tokens = nullptr;
+  // [N], where each of them stood: of equal ones in rising order, as a stable sort leaves them
+  const int64_t* order = nullptr;
+  Element* dweight = nullptr;  // [V, C], every row written, zeros where a token does not occur
+  float* scratch = nullptr;    // embedding_backward_scratch_size(N, C) numbers
+};
+// dweight[v] = sum over n with token_n = v of dy_n, first to last. Sums are fp32, of up to 32 rows
+// each and then of these sums, and are rounded once. The order is that of the sorted rows alone, so
+// that two runs agree bit for bit.
+template <typename Element>
+cudaError_t launch_embedding_backward(const EmbeddingBackward<Element>& arguments,
                                       cudaStream_t stream);
 
 }  // namespace rwkv

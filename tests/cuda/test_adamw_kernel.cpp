@@ -87,26 +87,24 @@ struct DeviceState {
 
   void update(const Numbers& gradient, AdamwNumbers* numbers) {
     const DeviceArray<Gradient> dev_gradient(gradient);
-    expect_launched(launch_adamw(master.data(),
-                                 weights.data(),
-                                 m.data(),
-                                 v.data(),
-                                 dev_gradient.data(),
-                                 kRanges,
-                                 kFactors,
-                                 numbers,
-                                 nullptr),
-                    "adamw");
-    expect_launched(launch_adamw_split(split_weights.data(),
-                                       low.data(),
-                                       split_m.data(),
-                                       split_v.data(),
-                                       dev_gradient.data(),
-                                       kRanges,
-                                       kFactors,
-                                       numbers,
-                                       nullptr),
-                    "adamw with a split master");
+    const AdamwUpdate<Gradient> whole{.master = master.data(),
+                                      .weights = weights.data(),
+                                      .m = m.data(),
+                                      .v = v.data(),
+                                      .gradient = dev_gradient.data(),
+                                      .ranges = kRanges,
+                                      .factors = kFactors,
+                                      .numbers = numbers};
+    expect_launched(launch_adamw(whole, nullptr), "adamw");
+    const AdamwUpdate<Gradient> split{.weights = split_weights.data(),
+                                      .low = low.data(),
+                                      .m = split_m.data(),
+                                      .v = split_v.data(),
+                                      .gradient = dev_gradient.data(),
+                                      .ranges = kRanges,
+                                      .factors = kFactors,
+                                      .numbers = numbers};
+    expect_launched(launch_adamw(split, nullptr), "adamw with a split master");
   }
   Numbers joined() const {
     DeviceArray<float> result(master.size());
@@ -318,16 +316,14 @@ TYPED_TEST(AdamwKernel, WeightsAreOptional) {
   state.update(gradient, numbers.adamw());
   DeviceArray<float> master(start), m(Numbers(start.size(), 0.0)), v(Numbers(start.size(), 0.0));
   const DeviceArray<TypeParam> dev_gradient(gradient);
-  expect_launched(launch_adamw(master.data(),
-                               nullptr,
-                               m.data(),
-                               v.data(),
-                               dev_gradient.data(),
-                               kRanges,
-                               kFactors,
-                               numbers.adamw(),
-                               nullptr),
-                  "adamw without weights");
+  const AdamwUpdate<TypeParam> arguments{.master = master.data(),
+                                         .m = m.data(),
+                                         .v = v.data(),
+                                         .gradient = dev_gradient.data(),
+                                         .ranges = kRanges,
+                                         .factors = kFactors,
+                                         .numbers = numbers.adamw()};
+  expect_launched(launch_adamw(arguments, nullptr), "adamw without weights");
   EXPECT_EQ(master.numbers(), state.master.numbers());
 }
 
@@ -336,15 +332,14 @@ TYPED_TEST(AdamwKernel, RejectsTooManyRangesAndMisalignedBuffers) {
   const DeviceArray<TypeParam> gradient(Numbers(8, 0.0));
   DeviceDoubles numbers(Numbers{1e-3, 3, 1, 1, 1, 0});
   const auto launch = [&](AdamwRanges ranges, int64_t master_at, int64_t gradient_at) {
-    return launch_adamw(master.data() + master_at,
-                        nullptr,
-                        m.data(),
-                        v.data(),
-                        gradient.data() + gradient_at,
-                        ranges,
-                        kFactors,
-                        numbers.adamw(),
-                        nullptr);
+    const AdamwUpdate<TypeParam> arguments{.master = master.data() + master_at,
+                                           .m = m.data(),
+                                           .v = v.data(),
+                                           .gradient = gradient.data() + gradient_at,
+                                           .ranges = ranges,
+                                           .factors = kFactors,
+                                           .numbers = numbers.adamw()};
+    return launch_adamw(arguments, nullptr);
   };
   EXPECT_EQ(launch({.count = kMaxAdamwRanges + 1, .ranges = {}}, 0, 0), cudaErrorInvalidValue);
   EXPECT_EQ(launch({.count = 0, .ranges = {}}, 0, 0), cudaSuccess);

@@ -59,16 +59,15 @@ Numbers backward(
   const DeviceArray<int64_t> dev_sorted(to_numbers(sorted)), dev_order(to_numbers(order));
   DeviceArray<Element> dweight(V * C);
   DeviceArray<float> scratch(embedding_backward_scratch_size(N, C));
-  expect_launched(launch_embedding_backward(dev_dy.data() + offset,
-                                            dev_sorted.data(),
-                                            dev_order.data(),
-                                            dweight.data(),
-                                            scratch.data(),
-                                            N,
-                                            V,
-                                            C,
-                                            nullptr),
-                  "embedding backward");
+  const EmbeddingBackward<Element> arguments{.N = N,
+                                             .V = V,
+                                             .C = C,
+                                             .dy = dev_dy.data() + offset,
+                                             .sorted_tokens = dev_sorted.data(),
+                                             .order = dev_order.data(),
+                                             .dweight = dweight.data(),
+                                             .scratch = scratch.data()};
+  expect_launched(launch_embedding_backward(arguments, nullptr), "embedding backward");
   return dweight.numbers();
 }
 
@@ -94,9 +93,13 @@ TYPED_TEST(EmbeddingKernel, RowsAreThoseOfTheTable) {
         const DeviceArray<TypeParam> dev_weight(weight);
         const DeviceArray<int64_t> dev_tokens(to_numbers(tokens));
         DeviceArray<TypeParam> out(N * C);
-        expect_launched(
-            launch_embedding(dev_weight.data(), dev_tokens.data(), out.data(), N, kV, C, nullptr),
-            "embedding");
+        const EmbeddingForward<TypeParam> arguments{.N = N,
+                                                    .V = kV,
+                                                    .C = C,
+                                                    .weight = dev_weight.data(),
+                                                    .tokens = dev_tokens.data(),
+                                                    .out = out.data()};
+        expect_launched(launch_embedding(arguments, nullptr), "embedding");
         return Outputs{out.numbers()};
       });
       Numbers expected;
@@ -113,8 +116,9 @@ TYPED_TEST(EmbeddingKernel, ATokenOutOfRangeIsARowOfNaN) {
   const DeviceArray<TypeParam> weight(normal(5 * 8, 1));
   const DeviceArray<int64_t> tokens(Numbers{4, -1, 5, 0, 1e12, -1e12});
   DeviceArray<TypeParam> out(6 * 8);
-  expect_launched(launch_embedding(weight.data(), tokens.data(), out.data(), 6, 5, 8, nullptr),
-                  "embedding");
+  const EmbeddingForward<TypeParam> arguments{
+      .N = 6, .V = 5, .C = 8, .weight = weight.data(), .tokens = tokens.data(), .out = out.data()};
+  expect_launched(launch_embedding(arguments, nullptr), "embedding");
   for (size_t i = 0; i < 48; ++i) {
     EXPECT_EQ(std::isnan(out.numbers()[i]), i / 8 != 0 && i / 8 != 3) << i;
   }
@@ -205,15 +209,15 @@ TYPED_TEST(EmbeddingKernel, RowsNeedNoAlignment) {
 
 TYPED_TEST(EmbeddingKernel, NoTokensGiveZerosAndNoColumnsNothing) {
   DeviceArray<TypeParam> dweight(12);
-  expect_launched(launch_embedding_backward<TypeParam>(
-                      nullptr, nullptr, nullptr, dweight.data(), nullptr, 0, 3, 4, nullptr),
+  using Forward = EmbeddingForward<TypeParam>;
+  using Backward = EmbeddingBackward<TypeParam>;
+  expect_launched(launch_embedding_backward(
+                      Backward{.N = 0, .V = 3, .C = 4, .dweight = dweight.data()}, nullptr),
                   "embedding backward");
   EXPECT_EQ(dweight.numbers(), Numbers(12, 0.0));
-  EXPECT_EQ(launch_embedding_backward<TypeParam>(
-                nullptr, nullptr, nullptr, nullptr, nullptr, 3, 5, 0, nullptr),
-            cudaSuccess);
-  EXPECT_EQ(launch_embedding<TypeParam>(nullptr, nullptr, nullptr, 0, 3, 4, nullptr), cudaSuccess);
-  EXPECT_EQ(launch_embedding<TypeParam>(nullptr, nullptr, nullptr, 3, 5, 0, nullptr), cudaSuccess);
+  EXPECT_EQ(launch_embedding_backward(Backward{.N = 3, .V = 5, .C = 0}, nullptr), cudaSuccess);
+  EXPECT_EQ(launch_embedding(Forward{.N = 0, .V = 3, .C = 4}, nullptr), cudaSuccess);
+  EXPECT_EQ(launch_embedding(Forward{.N = 3, .V = 5, .C = 0}, nullptr), cudaSuccess);
 }
 
 }  // namespace
