@@ -6,6 +6,7 @@
 #include <ATen/cuda/CUDAGraph.h>
 #include <c10/cuda/CUDACachingAllocator.h>
 
+#include "cuda/collectives.h"
 #include "cuda/layer_norm_shift_mix_kernel.h"
 #include "model/ops/device_runtime.h"
 
@@ -98,6 +99,14 @@ class CudaRuntime final : public ops::DeviceRuntime {
   }
   std::unique_ptr<ops::HostCopy> download(const at::Tensor& from) override {
     return std::make_unique<CudaHostCopy>(from);
+  }
+
+  void make_collectives(const c10::intrusive_ptr<c10d::Store>& store,
+                        int rank,
+                        int world_size,
+                        std::chrono::milliseconds timeout,
+                        c10::intrusive_ptr<c10d::Backend>& group) override {
+    make_nccl_collectives(store, rank, world_size, timeout, index_, group);
   }
 
   double milliseconds_of(const std::function<void()>& work) override {

@@ -20,7 +20,7 @@ BatchPlan checked(const BatchPlan& plan, const SampleOrder& order) {
   require_at_least(1, "rows", plan.rows);
   require_at_least(1, "ctx_len", plan.ctx_len);
   require_at_least(0, "first_sample", plan.first_sample);
-  require_at_least(1, "sample_stride", plan.sample_stride);
+  require_at_least(0, "step_samples", plan.step_samples);
   require_at_least(1, "vocab_size", plan.vocab_size);
   require_at_least(1, "prefetch_batches", plan.prefetch_batches);
   if (plan.ctx_len != order.ctx_len()) {
@@ -28,7 +28,18 @@ BatchPlan checked(const BatchPlan& plan, const SampleOrder& order) {
                                 ", but the order of samples was made for " +
                                 std::to_string(order.ctx_len()) + "; expected the same");
   }
-  return plan;
+  BatchPlan result = plan;
+  if (plan.step_samples == 0) {
+    result.step_samples = result.share = plan.rows;
+  }
+  require_at_least(0, "first_share", result.first_share);
+  require_at_least(1, "share", result.share);
+  if (result.first_share + result.share > result.step_samples) {
+    throw std::invalid_argument("batches: a share of " + std::to_string(result.share) + " from " +
+                                std::to_string(result.first_share) + " is beyond the " +
+                                std::to_string(result.step_samples) + " samples of a step");
+  }
+  return result;
 }
 
 }  // namespace
@@ -47,8 +58,14 @@ BatchLoader::~BatchLoader() {
 
 void BatchLoader::read_ahead() {
   try {
-    for (int64_t sample = plan_.first_sample;; sample += plan_.rows * plan_.sample_stride) {
-      Batch batch = read_batch(sample);
+    const int64_t first = plan_.first_share, end = first + plan_.share;
+    int64_t step = plan_.first_sample;
+    for (int64_t row = first;; row += plan_.rows) {
+      if (row >= end) {
+        step += plan_.step_samples;
+        row = first;
+      }
+      Batch batch = read_batch(step + row, std::min(plan_.rows, end - row));
       std::unique_lock lock(mutex_);
       changed_.wait(lock, [this] {
         return stopping_ || static_cast<int64_t>(ready_.size()) < plan_.prefetch_batches;
@@ -66,17 +83,17 @@ void BatchLoader::read_ahead() {
   }
 }
 
-Batch BatchLoader::read_batch(int64_t first_sample) const {
+Batch BatchLoader::read_batch(int64_t first_sample, int64_t rows) const {
   const auto ctx_len = static_cast<size_t>(plan_.ctx_len);
   Batch batch;
   batch.first_sample = first_sample;
-  batch.rows = plan_.rows;
+  batch.rows = rows;
   batch.ctx_len = plan_.ctx_len;
-  batch.inputs.resize(static_cast<size_t>(plan_.rows) * ctx_len);
+  batch.inputs.resize(static_cast<size_t>(rows) * ctx_len);
   batch.targets.resize(batch.inputs.size());
   std::vector<int64_t> window(ctx_len + 1);
-  for (int64_t row = 0; row < plan_.rows; ++row) {
-    const int64_t begin = order_.token_offset(first_sample + row * plan_.sample_stride);
+  for (int64_t row = 0; row < rows; ++row) {
+    const int64_t begin = order_.token_offset(first_sample + row);
     file_.read(begin, window);
     require_ids_below(plan_.vocab_size, file_, begin, window);
     const auto out = row * plan_.ctx_len;

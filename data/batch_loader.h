@@ -23,14 +23,17 @@ struct Batch {
   std::vector<int64_t> targets;
 };
 
-// Row j of a batch is sample first_sample + j * sample_stride: with one process a stride of 1; with
-// W processes rank r starts at r with stride W, so that together they read the same samples as one.
+// A step takes `step_samples` samples, one after another; of these this process takes `share`, from
+// `first_share` on, in batches of at most `rows`: the last of a step may have fewer. Processes
+// whose shares make up the step read together what one alone would.
 struct BatchPlan {
   int64_t rows = 1;
   int64_t ctx_len = 1;
-  int64_t first_sample = 0;   // of the first batch
-  int64_t sample_stride = 1;  // between rows; the next batch starts rows * sample_stride later
-  int64_t vocab_size = 0;     // ids must be below it
+  int64_t first_sample = 0;  // of the first step
+  int64_t step_samples = 0;  // 0: as many as `rows`, all of them this process's
+  int64_t first_share = 0;
+  int64_t share = 0;
+  int64_t vocab_size = 0;  // ids must be below it
   int64_t prefetch_batches = 4;
 };
 
@@ -53,7 +56,7 @@ class BatchLoader {
 
  private:
   void read_ahead();
-  Batch read_batch(int64_t first_sample) const;
+  Batch read_batch(int64_t first_sample, int64_t rows) const;
 
   const BinidxFile& file_;
   const SampleOrder& order_;

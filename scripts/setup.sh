@@ -15,7 +15,7 @@ readonly build_packages=(
   g++ cmake ninja-build ccache pkg-config python3-venv
   libcxxopts-dev libtomlplusplus-dev libsimdjson-dev libsentencepiece-dev libprotobuf-dev
   libutf8proc-dev libspdlog-dev libfmt-dev nlohmann-json3-dev libpcre2-dev libzstd-dev zlib1g-dev
-  libxxhash-dev
+  libxxhash-dev libgloo-dev
 )
 # The text of scripts/quickstart.sh: 31,102 verses in the public domain.
 readonly corpus_packages=(bible-kjv)

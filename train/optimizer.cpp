@@ -17,6 +17,10 @@ namespace {
 // Each parameter starts on its own cache line, as a tensor allocated alone would.
 constexpr int64_t kAlignment = 16;
 
+int64_t padded(int64_t elements) {
+  return (elements + kAlignment - 1) / kAlignment * kAlignment;
+}
+
 // A tensor of a file, of the shape that it must have.
 at::Tensor read_tensor(const WeightFile& file, const std::string& name, at::IntArrayRef shape) {
   const StoredTensor* stored = file.find(name);
@@ -90,8 +94,10 @@ Optimizer::Optimizer(RwkvModel model,
   if (!rounded.empty()) {
     lay_out(1, dtype, std::move(rounded), traits, memory);
   }
+  size_t place = 0;
   for (Slot& slot : slots_) {
     if (slot.trained) {
+      slot.place = place++;
       torch::autograd::impl::set_post_acc_grad_hooks(
           slot.parameter,
           std::make_unique<GradientHook>([this, place = &slot] { move_gradient(*place); }));
@@ -118,7 +124,7 @@ void Optimizer::lay_out(size_t store,
     slots_[i].offset = size;
     const ops::AdamwGroup group{
         .begin = size,
-        .end = size + (slots_[i].parameter.numel() + kAlignment - 1) / kAlignment * kAlignment,
+        .end = size + padded(slots_[i].parameter.numel()),
         .lr_scale = traits[i].lr_scale,
         .weight_decay = traits[i].weight_decay ? config_.weight_decay : 0.0};
     size = group.end;
@@ -207,6 +213,33 @@ void Optimizer::move_gradient(Slot& slot) {
   }
   slot.starts_anew = false;
   grad.reset();
+  if (listener_) {
+    listener_(slot.place);
+  }
+}
+
+std::vector<at::Tensor> Optimizer::gradients() const {
+  std::vector<at::Tensor> result;
+  for (const Store& store : stores_) {
+    result.push_back(store.buffers.gradient);
+  }
+  return result;
+}
+
+std::vector<GradientPlace> Optimizer::gradient_places() const {
+  std::vector<GradientPlace> result;
+  for (const Slot& slot : slots_) {
+    if (slot.trained) {
+      result.push_back({.store = slot.store,
+                        .begin = slot.offset,
+                        .end = slot.offset + padded(slot.parameter.numel())});
+    }
+  }
+  return result;
+}
+
+void Optimizer::set_gradient_listener(std::function<void(size_t)> listener) {
+  listener_ = std::move(listener);
 }
 
 void Optimizer::accumulate_gradient() {

@@ -17,6 +17,7 @@
 #pragma once
 
 #include <cstdint>
+#include <functional>
 #include <string>
 #include <vector>
 
@@ -46,6 +47,12 @@ struct StepNumbers {
 // Out of Optimizer::control(), on the CPU.
 StepNumbers read_step_numbers(const at::Tensor& control);
 
+// A parameter's place in the flat gradient of its store.
+struct GradientPlace {
+  size_t store;
+  int64_t begin, end;  // elements, with what lies between it and the next
+};
+
 class Optimizer {
  public:
   // Takes the model's present values as master weights and leaves the model in `dtype` (at::kFloat
@@ -64,6 +71,13 @@ class Optimizer {
   // To be called after each backward: adds gradients that were put into the parameters by hand, and
   // sets to zero those of parameters that no backward since zero_gradient() has reached.
   void accumulate_gradient();
+  // The flat gradients, one of each store, and where the trained parameters' are in them, in the
+  // model's order.
+  std::vector<at::Tensor> gradients() const;
+  std::vector<GradientPlace> gradient_places() const;
+  // Is called with a number of gradient_places() whenever a backward pass has left that gradient in
+  // its place.
+  void set_gradient_listener(std::function<void(size_t place)> listener);
   // Global norm of the accumulated gradient, and the name of a tensor in it that is not finite.
   double gradient_norm() const;
   std::string first_nonfinite_gradient() const;
@@ -101,6 +115,7 @@ class Optimizer {
     size_t store;
     int64_t offset;  // in elements
     bool trained;
+    size_t place = 0;          // of gradient_places()
     bool starts_anew = false;  // what the gradient buffer holds is of the step before
   };
   void lay_out(size_t store,
@@ -118,6 +133,7 @@ class Optimizer {
   std::vector<Slot> slots_;  // in the model's order
   std::vector<Store> stores_;
   at::Tensor control_;
+  std::function<void(size_t)> listener_;
 };
 
 }  // namespace rwkv

@@ -193,6 +193,16 @@ ConfigSection sample_section(SampleConfig& s) {
       }};
 }
 
+ConfigSection distributed_section(DistributedConfig& d) {
+  return {"distributed",
+          {
+              {"timeout_s",
+               &d.timeout_s,
+               "seconds; a process that is silent for longer is lost; 5 or more",
+               kMayDiffer},
+          }};
+}
+
 // The table of all keys, over the fields of `config`.
 std::vector<ConfigSection> sections_of(RunConfig& config) {
   return {model_section(config.model),
@@ -201,7 +211,8 @@ std::vector<ConfigSection> sections_of(RunConfig& config) {
           train_section(config.train),
           optimizer_section(config.optimizer),
           schedule_section(config.schedule),
-          sample_section(config.sample)};
+          sample_section(config.sample),
+          distributed_section(config.distributed)};
 }
 
 void require_given(std::string_view key, const std::string& value, const char* example) {
@@ -487,6 +498,7 @@ void RunConfig::validate() const {
   validate_optimizer(optimizer);
   schedule.validate();
   validate_sample(sample);
+  require_in_range(5, 86'400, "distributed.timeout_s", distributed.timeout_s);
   validate_together(*this);
 }
 

@@ -103,6 +103,12 @@ struct SampleConfig {
   bool operator==(const SampleConfig&) const = default;
 };
 
+// Several processes that train together (train/distributed/communicator.h).
+struct DistributedConfig {
+  double timeout_s = 60;  // a process that is silent for longer is lost; 5 or more
+  bool operator==(const DistributedConfig&) const = default;
+};
+
 struct RunConfig {
   // Here model.vocab_size, too, may be 0: the trainer takes it from the corpus' tokenizer record.
   // So may version be empty, n_layer and n_embd be 0, if init.from is given: its file says them.
@@ -113,6 +119,7 @@ struct RunConfig {
   OptimizerConfig optimizer;
   LrSchedule schedule;
   SampleConfig sample;
+  DistributedConfig distributed;
 
   // Throws std::invalid_argument starting with the key for a value out of range, a required one not
   // given, or values of two sections that do not go together. The lengths of warm-up and decay are
@@ -158,7 +165,8 @@ struct ResumePoint {
 // Throws std::invalid_argument, with every differing key and both its values, unless `now` goes on
 // with the run that `saved` began; both with the trainer's resolved values (vocab_size, dim_ffn).
 // What decides over the weights must be equal. What only decides over speed, logging, validation
-// and saving may differ: run_dir, device, cuda_graph, recompute, threads and micro_batch_size
+// and saving may differ: run_dir, device, cuda_graph, recompute, threads, [distributed] and
+// micro_batch_size
 // (whose change can change the last bits), total_minutes, what is logged, saved, kept and sampled
 // how often, data.validation and data.tokenizer. So may paths: data.train, whose content the
 // trainer compares, and init.from, which is not read again. So may the length of the run, as long

@@ -17,8 +17,16 @@ StepNumbers PendingNumbers::wait() {
 StepRunner::StepRunner(RwkvModel model,
                        Optimizer& optimizer,
                        ops::DeviceRuntime* runtime,
-                       const StepSettings& settings)
-    : model_(std::move(model)), optimizer_(optimizer), runtime_(runtime), settings_(settings) {
+                       const StepSettings& settings,
+                       Communicator* communicator)
+    : model_(std::move(model)),
+      optimizer_(optimizer),
+      runtime_(runtime),
+      settings_(settings),
+      communicator_(communicator) {
+  if (communicator_ != nullptr) {
+    reducer_ = std::make_unique<GradientReducer>(*communicator_, optimizer_);
+  }
   const at::TensorOptions options =
       optimizer_.control().options().dtype(at::kFloat).requires_grad(false);
   loss_ = at::zeros({}, options);
@@ -29,6 +37,7 @@ StepRunner::~StepRunner() = default;
 
 void StepRunner::begin_step() {
   micro_batch_ = 0;
+  rows_.clear();
 }
 
 void StepRunner::add_micro_batch(const at::Tensor& inputs_BT, const at::Tensor& targets_BT) {
@@ -37,17 +46,25 @@ void StepRunner::add_micro_batch(const at::Tensor& inputs_BT, const at::Tensor& 
     targets_BT_ = targets_BT;
   } else {
     // One place for all steps: recorded work reads it there.
-    if (!inputs_BT_.defined()) {
+    if (!inputs_BT_.defined() || inputs_BT_.sizes() != inputs_BT.sizes()) {
       inputs_BT_ = at::empty(inputs_BT.sizes(), loss_.options().dtype(at::kLong));
       targets_BT_ = at::empty_like(inputs_BT_);
     }
     runtime_->upload(inputs_BT, inputs_BT_);
     runtime_->upload(targets_BT, targets_BT_);
   }
-  if (initial_state_.layers.empty()) {
-    initial_state_ = model_->initial_state(inputs_BT.size(0));
+  if (initial_state_.layers.empty() || initial_rows_ != inputs_BT.size(0)) {
+    initial_rows_ = inputs_BT.size(0);
+    initial_state_ = model_->initial_state(initial_rows_);
   }
-  run(micro_batch_ == 0 ? Position::kFirst : Position::kLater);
+  rows_.push_back(static_cast<double>(inputs_BT.size(0)));
+  const bool is_first = micro_batch_ == 0;
+  // It makes a difference to several processes alone.
+  const bool is_last = communicator_ != nullptr && micro_batch_ + 1 == settings_.micro_batches;
+  run(is_first && is_last ? Position::kOnly
+      : is_first          ? Position::kFirst
+      : is_last           ? Position::kLast
+                          : Position::kLater);
   losses_.select(0, micro_batch_).copy_(loss_);
   ++micro_batch_;
 }
@@ -70,7 +87,7 @@ void StepRunner::run(Position position) {
   const bool can_record = runtime_ != nullptr && settings_.record && steps_ > 0;
   if (can_record && recorded == nullptr) {
     try {
-      if (position == Position::kFirst) {
+      if (position == Position::kFirst || position == Position::kOnly) {
         // What the first step has left would lie beside what is recorded.
         runtime_->reset_memory();
       }
@@ -90,20 +107,39 @@ void StepRunner::run(Position position) {
 
 void StepRunner::run_eagerly(Position position) {
   if (position == Position::kUpdate) {
-    optimizer_.update(losses_.mean());
+    optimizer_.update(communicator_ == nullptr ? losses_.mean() : global_loss());
     return;
   }
-  if (position == Position::kFirst) {
+  if (position == Position::kFirst || position == Position::kOnly) {
     optimizer_.zero_gradient();
   }
-  forward_and_backward();
+  forward_and_backward(position == Position::kLast || position == Position::kOnly);
 }
 
-void StepRunner::forward_and_backward() {
+at::Tensor StepRunner::global_loss() {
+  at::Tensor loss = at::zeros({1}, losses_.options());
+  for (size_t i = 0; i < rows_.size(); ++i) {
+    loss += losses_.select(0, static_cast<int64_t>(i)) *
+            (rows_[i] / static_cast<double>(settings_.step_rows));
+  }
+  communicator_->sum(loss, "the sum of losses");
+  return loss.squeeze(0);
+}
+
+void StepRunner::forward_and_backward(bool is_last) {
   const at::Tensor loss =
       model_->loss(inputs_BT_, targets_BT_, initial_state_, settings_.l2wrap).loss;
-  (loss / static_cast<double>(settings_.micro_batches)).backward();
+  if (reducer_ != nullptr && is_last) {
+    reducer_->begin();
+  }
+  const double micro_batches = settings_.step_rows == 0
+                                   ? static_cast<double>(settings_.micro_batches)
+                                   : static_cast<double>(settings_.step_rows) / rows_.back();
+  (loss / micro_batches).backward();
   optimizer_.accumulate_gradient();
+  if (reducer_ != nullptr && is_last) {
+    reducer_->finish();
+  }
   const at::NoGradGuard no_grad;
   loss_.copy_(loss);
 }

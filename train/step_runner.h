@@ -13,12 +13,17 @@
 
 #include "model/ops/device_runtime.h"
 #include "model/rwkv_model.h"
+#include "train/distributed/communicator.h"
+#include "train/distributed/gradient_reducer.h"
 #include "train/optimizer.h"
 
 namespace rwkv {
 
 struct StepSettings {
   int64_t micro_batches = 1;
+  // Sequences of a step, those of other processes included; 0: the micro-batches' own, all of one
+  // size.
+  int64_t step_rows = 0;
   double l2wrap = 0;
   bool record = true;  // where the device can
 };
@@ -40,16 +45,18 @@ class PendingNumbers {
 class StepRunner {
  public:
   // `runtime` is null on the CPU. Model and optimizer are on the device already; all three outlive
-  // the runner.
+  // the runner, and so does the communicator, if several processes make the steps together.
   StepRunner(RwkvModel model,
              Optimizer& optimizer,
              ops::DeviceRuntime* runtime,
-             const StepSettings& settings);
+             const StepSettings& settings,
+             Communicator* communicator = nullptr);
   ~StepRunner();
 
   void begin_step();
-  // Forward and backward of the next micro-batch of the step; [rows, T], int64, on the CPU, always
-  // of one shape. Its memory may be used again at once.
+  // Forward and backward of the next micro-batch of the step; [rows, T], int64, on the CPU. Its
+  // memory may be used again at once. All have one shape but for a step's last, which may have
+  // fewer rows.
   void add_micro_batch(const at::Tensor& inputs_BT, const at::Tensor& targets_BT);
   // The update, after the last micro-batch. The next step may begin before its numbers are there.
   PendingNumbers finish_step(double lr);
@@ -58,24 +65,30 @@ class StepRunner {
   at::Tensor losses() const;
 
  private:
-  enum class Position { kFirst, kLater, kUpdate };
-  static constexpr size_t kNumPositions = 3;
+  // A micro-batch that is its step's first, its last, both or neither; or the update.
+  enum class Position { kOnly, kFirst, kLater, kLast, kUpdate };
+  static constexpr size_t kNumPositions = 5;
 
   void run(Position position);
   void run_eagerly(Position position);
-  void forward_and_backward();
+  void forward_and_backward(bool is_last);
+  at::Tensor global_loss();
 
   RwkvModel model_;
   Optimizer& optimizer_;
   ops::DeviceRuntime* runtime_;
   StepSettings settings_;
+  Communicator* communicator_;
+  std::unique_ptr<GradientReducer> reducer_;
   int64_t steps_ = 0;
   int64_t micro_batch_ = 0;  // of the step
   at::Tensor inputs_BT_;
   at::Tensor targets_BT_;
   State initial_state_;
-  at::Tensor loss_;    // of the micro-batch, a scalar
-  at::Tensor losses_;  // of the step's micro-batches
+  int64_t initial_rows_ = 0;
+  at::Tensor loss_;           // of the micro-batch, a scalar
+  at::Tensor losses_;         // of the step's micro-batches
+  std::vector<double> rows_;  // of them
   std::unique_ptr<ops::RecordedWork> recorded_[kNumPositions];
 };
 

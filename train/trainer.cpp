@@ -1,6 +1,7 @@
 #include "train/trainer.h"
 
 #include <algorithm>
+#include <bit>
 #include <chrono>
 #include <cmath>
 #include <cstring>
@@ -134,14 +135,19 @@ void write_file(const std::string& run_dir, const char* name, const std::string&
 
 }  // namespace
 
-Trainer::Trainer(const RunConfig& config) : Trainer(config, Purpose::kTrain, std::nullopt) {}
+Trainer::Trainer(const RunConfig& config, const Placement& placement)
+    : Trainer(config, placement, Purpose::kTrain, std::nullopt) {}
 
 Trainer Trainer::before_step(const RunConfig& config, int64_t step) {
-  return Trainer(config, Purpose::kReplay, step);
+  return Trainer(config, {}, Purpose::kReplay, step);
 }
 
-Trainer::Trainer(const RunConfig& config, Purpose purpose, std::optional<int64_t> before_step)
+Trainer::Trainer(const RunConfig& config,
+                 const Placement& placement,
+                 Purpose purpose,
+                 std::optional<int64_t> before_step)
     : config_(resolve_run_config(config)),
+      placement_(placement),
       train_corpus_(config_.data.train),
       tokenizer_identity_(tokenizer_identity(config_.data, train_corpus_)),
       order_(make_order(config_, train_corpus_)),
@@ -155,10 +161,20 @@ Trainer::Trainer(const RunConfig& config, Purpose purpose, std::optional<int64_t
     tokenizer_ = open_tokenizer(*config_.data.tokenizer);
   }
   // Not LibTorch's default: that follows environment variables, and equal bits need equal numbers.
-  at::set_num_threads(static_cast<int>(config_.train.threads.value_or(describe_machine().cores)));
-  device_ = open_device(config_.train.device,
-                        "train.device = " + to_config_text(std::string_view(config_.train.device)));
-  if (purpose == Purpose::kTrain) {
+  const int64_t cores_each = std::max<int64_t>(describe_machine().cores / placement_.local_size, 1);
+  at::set_num_threads(static_cast<int>(config_.train.threads.value_or(cores_each)));
+  std::string device = config_.train.device;
+  if (device == "cuda" && placement_.world_size > 1) {
+    device += ":" + std::to_string(placement_.local_rank);
+  }
+  device_ = open_device(device, "train.device = " + to_config_text(std::string_view(device)));
+  if (placement_.world_size > config_.batch_sequences()) {
+    throw std::invalid_argument("train.batch_size = " + std::to_string(config_.batch_sequences()) +
+                                ": fewer sequences a step than the " +
+                                std::to_string(placement_.world_size) +
+                                " processes; give at least one to each");
+  }
+  if (purpose == Purpose::kTrain && is_first()) {
     lock_.emplace(config_.train.run_dir);
     require_writable_checkpoints(config_.train.run_dir);
   }
@@ -166,7 +182,16 @@ Trainer::Trainer(const RunConfig& config, Purpose purpose, std::optional<int64_t
 }
 
 void Trainer::start(std::optional<int64_t> before_step) {
-  const auto checkpoint = newest_checkpoint(config_.train.run_dir, before_step);
+  auto checkpoint = newest_checkpoint(config_.train.run_dir, before_step);
+  if (placement_.world_size > 1) {
+    communicator_ = std::make_unique<Communicator>(
+        placement_,
+        device_,
+        std::chrono::milliseconds(std::llround(1000 * config_.distributed.timeout_s)));
+    const std::string chosen =
+        communicator_->text_of_first(checkpoint.value_or(""), "the choice of a checkpoint");
+    checkpoint = chosen.empty() ? std::nullopt : std::optional(chosen);
+  }
   if (checkpoint) {
     const SavedRun saved = read_saved_run(*checkpoint);
     check_matches_checkpoint(config_,
@@ -198,24 +223,55 @@ void Trainer::start(std::optional<int64_t> before_step) {
     spdlog::info("no checkpoint before step {}: doing all steps before it again", *before_step);
   }
   state_.corpus = train_corpus_.fingerprint();
-  runner_ = std::make_unique<StepRunner>(model_,
-                                         *optimizer_,
-                                         device_.runtime,
-                                         StepSettings{.micro_batches = micro_batches(),
-                                                      .l2wrap = config_.train.l2wrap,
-                                                      .record = config_.train.cuda_graph});
+  runner_ = std::make_unique<StepRunner>(
+      model_,
+      *optimizer_,
+      device_.runtime,
+      StepSettings{.micro_batches = micro_batches(),
+                   .step_rows = communicator_ == nullptr ? 0 : config_.batch_sequences(),
+                   .l2wrap = config_.train.l2wrap,
+                   .record = can_record()},
+      communicator_.get());
   loader_ = std::make_unique<BatchLoader>(train_corpus_,
                                           order_,
-                                          BatchPlan{.rows = config_.micro_batch_sequences(),
+                                          BatchPlan{.rows = micro_batch_rows(),
                                                     .ctx_len = config_.model.ctx_len,
                                                     .first_sample = state_.samples,
+                                                    .step_samples = config_.batch_sequences(),
+                                                    .first_share = first_share(),
+                                                    .share = share(),
                                                     .vocab_size = config_.model.vocab_size});
 }
 
 // ---- One step -----------------------------------------------------------------------------------
 
+int64_t Trainer::first_share() const {
+  return placement_.rank * config_.batch_sequences() / placement_.world_size;
+}
+
+int64_t Trainer::share() const {
+  return (placement_.rank + 1) * config_.batch_sequences() / placement_.world_size - first_share();
+}
+
+int64_t Trainer::micro_batch_rows() const {
+  return std::min(config_.micro_batch_sequences(), share());
+}
+
 int64_t Trainer::micro_batches() const {
-  return config_.batch_sequences() / config_.micro_batch_sequences();
+  return (share() + micro_batch_rows() - 1) / micro_batch_rows();
+}
+
+bool Trainer::can_record() const {
+  const bool is_even = share() % micro_batch_rows() == 0;
+  if (config_.train.cuda_graph && device_.runtime != nullptr && !is_even) {
+    spdlog::warn(
+        "rank {}: {} sequences do not divide into micro-batches of {}: the step is not "
+        "recorded as a graph",
+        placement_.rank,
+        share(),
+        micro_batch_rows());
+  }
+  return config_.train.cuda_graph && is_even;
 }
 
 Trainer::Samples Trainer::add_micro_batch() {
@@ -227,9 +283,13 @@ Trainer::Samples Trainer::add_micro_batch() {
 std::optional<Trainer::LaunchedStep> Trainer::launch_step() {
   const double lr =
       config_.schedule.lr(state_.tokens, config_.total_tokens(order_.samples_per_epoch()));
+  if (communicator_ != nullptr) {
+    communicator_->set_activity("step " + std::to_string(state_.step + 1));
+    agree();
+  }
   runner_->begin_step();
   for (int64_t i = 0; i < micro_batches(); ++i) {
-    if (stop_signal() != 0) {
+    if (asked_to_stop() != 0) {
       return std::nullopt;
     }
     add_micro_batch();
@@ -252,6 +312,23 @@ StepResult Trainer::result_of(LaunchedStep& launched) {
     throw std::runtime_error(where_not_finite(result, is_newest));
   }
   return result;
+}
+
+void Trainer::agree() {
+  // One message: a bit each. A signal's is the one of its number.
+  constexpr int64_t kTimeOver = int64_t{1} << 40, kSaveDue = int64_t{1} << 41;
+  const int signal = stop_signal();
+  const int64_t own = (signal == 0 ? 0 : int64_t{1} << signal) | (is_time_over() ? kTimeOver : 0) |
+                      (is_save_due() ? kSaveDue : 0);
+  const int64_t all = communicator_->any_bits(own, "the agreement on what to do");
+  const int64_t signals = all & (kTimeOver - 1);
+  agreed_ = {.stop_signal = signals == 0 ? 0 : std::countr_zero(static_cast<uint64_t>(signals)),
+             .minutes_over = (all & kTimeOver) != 0,
+             .save_due = (all & kSaveDue) != 0};
+}
+
+int Trainer::asked_to_stop() const {
+  return communicator_ == nullptr ? stop_signal() : agreed_.stop_signal;
 }
 
 std::optional<StepResult> Trainer::step() {
@@ -323,18 +400,42 @@ std::string Trainer::replay() {
 // ---- The run ------------------------------------------------------------------------------------
 
 RunEnd Trainer::run() {
+  try {
+    return run_steps();
+  } catch (const std::exception& error) {
+    if (communicator_ != nullptr) {
+      communicator_->announce_failure(error.what());
+    }
+    throw;
+  }
+}
+
+RunEnd Trainer::run_steps() {
+  if (communicator_ != nullptr) {
+    agree();
+  }
   if (const auto ended = end()) {
-    spdlog::info(
-        "{}: nothing to do after step {}: {}", config_.train.run_dir, state_.step, ended->reason);
+    if (is_first()) {
+      spdlog::info(
+          "{}: nothing to do after step {}: {}", config_.train.run_dir, state_.step, ended->reason);
+    }
     return *ended;
   }
-  RunLog log(config_, state_.step, wall_clock_seconds());
+  // The first process's alone.
+  std::optional<RunLog> first_log;
+  if (is_first()) {
+    first_log.emplace(config_, state_.step, wall_clock_seconds());
+  }
+  RunLog* const log = first_log ? &*first_log : nullptr;
   flops_per_token_ = matrix_flops_per_token(model_);
   matrix_flops_per_s_ = matmul_flops_per_s(scalar_type(config_.train.dtype), device_.runtime);
-  write_start(log);
+  if (log != nullptr) {
+    write_start(*log);
+  }
   started_s_ = saved_s_ = now_seconds();
   elapsed_before_s_ = state_.elapsed_s;
-  ProgressMeter meter(state_.tokens, started_s_, log.smoothed_loss());
+  ProgressMeter meter(
+      state_.tokens, started_s_, log == nullptr ? std::nullopt : log->smoothed_loss());
   std::optional<RunEnd> ended;
   // A device goes on with the next step while the numbers of the one before it are looked at.
   std::optional<LaunchedStep> waiting;
@@ -356,12 +457,20 @@ RunEnd Trainer::run() {
   if (waiting) {
     log_step(*waiting, meter, log);
   }
-  log.add_shown();
+  if (log != nullptr) {
+    log->add_shown();
+  }
   if (state_.step > 0 && state_.step != saved_step_) {
     save(log);
   }
-  log.say(config_.train.run_dir + ": ended at step " + std::to_string(state_.step) + ": " +
-          ended->reason);
+  if (log != nullptr) {
+    log->say(config_.train.run_dir + ": ended at step " + std::to_string(state_.step) + ": " +
+             ended->reason);
+  }
+  if (communicator_ != nullptr) {
+    // Nobody goes before the last has what it needs of the others.
+    communicator_->barrier("the end of the run");
+  }
   return *ended;
 }
 
@@ -424,14 +533,14 @@ void Trainer::write_start(RunLog& log) const {
 
 std::optional<RunEnd> Trainer::end() const {
   const TrainConfig& train = config_.train;
-  if (const int signal = stop_signal(); signal != 0) {
+  if (const int signal = asked_to_stop(); signal != 0) {
     return RunEnd{.reason = std::string("SIG") + sigabbrev_np(signal) + " asked to stop",
                   .signal = signal};
   }
   if (total_steps_ && state_.step >= *total_steps_) {
     return RunEnd{.reason = config_.total_steps_key(order_.samples_per_epoch()) + " is reached"};
   }
-  if (train.total_minutes && state_.elapsed_s >= 60 * *train.total_minutes) {
+  if (communicator_ == nullptr ? is_time_over() : agreed_.minutes_over) {
     return RunEnd{.reason = "train.total_minutes = " + to_config_text(*train.total_minutes) +
                             " are over"};
   }
@@ -453,9 +562,18 @@ bool Trainer::is_step_of(std::optional<int64_t> every) const {
   return (ended && ended->signal == 0) || (every && state_.step % *every == 0);
 }
 
-bool Trainer::is_time_to_save() const {
+bool Trainer::is_time_over() const {
+  const auto& minutes = config_.train.total_minutes;
+  return minutes && state_.elapsed_s >= 60 * *minutes;
+}
+
+bool Trainer::is_save_due() const {
   const auto& minutes = config_.train.save_every_minutes;
   return minutes && now_seconds() - saved_s_ >= 60 * *minutes;
+}
+
+bool Trainer::is_time_to_save() const {
+  return communicator_ == nullptr ? is_save_due() : agreed_.save_due;
 }
 
 bool Trainer::is_work_due() const {
@@ -490,20 +608,23 @@ StepRecord Trainer::record_of(LaunchedStep& launched, ProgressMeter& meter) {
   return record;
 }
 
-void Trainer::add_record(const StepRecord& record, bool is_logged, RunLog& log) const {
+void Trainer::add_record(const StepRecord& record, bool is_logged, RunLog* log) const {
+  if (log == nullptr) {
+    return;
+  }
   if (record.step == started_step_ + 1 || is_logged || record.validation_loss) {
-    log.add(record);
+    log->add(record);
   } else {
-    log.show(record);
+    log->show(record);
   }
 }
 
-void Trainer::log_step(LaunchedStep& launched, ProgressMeter& meter, RunLog& log) {
+void Trainer::log_step(LaunchedStep& launched, ProgressMeter& meter, RunLog* log) {
   const StepRecord record = record_of(launched, meter);
   add_record(record, record.step % config_.train.log_every_steps == 0, log);
 }
 
-void Trainer::finish_step(LaunchedStep& launched, ProgressMeter& meter, RunLog& log) {
+void Trainer::finish_step(LaunchedStep& launched, ProgressMeter& meter, RunLog* log) {
   const TrainConfig& train = config_.train;
   StepRecord record = record_of(launched, meter);
   const double pause_s = now_seconds();
@@ -512,9 +633,9 @@ void Trainer::finish_step(LaunchedStep& launched, ProgressMeter& meter, RunLog& 
     record.validation_loss = validate();
   }
   add_record(record, is_step_of(train.log_every_steps), log);
-  if (config_.sample.every_steps && is_step_of(config_.sample.every_steps)) {
+  if (log != nullptr && config_.sample.every_steps && is_step_of(config_.sample.every_steps)) {
     require_finite_weights();
-    write_sample(record, log);
+    write_sample(record, *log);
   }
   if (is_step_of(train.save_every_steps) || is_step_of(train.keep_every_steps) ||
       is_time_to_save()) {
@@ -564,8 +685,13 @@ void Trainer::require_finite_weights() const {
   }
 }
 
-void Trainer::save(RunLog& log) {
+void Trainer::save(RunLog* log) {
   require_finite_weights();
+  saved_step_ = state_.step;
+  saved_s_ = now_seconds();
+  if (log == nullptr) {
+    return;
+  }
   const TrainConfig& train = config_.train;
   const std::string path =
       save_checkpoint(train.run_dir,
@@ -574,9 +700,8 @@ void Trainer::save(RunLog& log) {
                       *optimizer_,
                       state_,
                       {.newest = train.keep_checkpoints, .every_steps = train.keep_every_steps});
-  saved_step_ = state_.step;
   saved_s_ = now_seconds();
-  log.say("saved " + path);
+  log->say("saved " + path);
 }
 
 }  // namespace rwkv

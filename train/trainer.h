@@ -13,6 +13,8 @@
 #include "model/rwkv_model.h"
 #include "train/checkpoint.h"
 #include "train/device.h"
+#include "train/distributed/communicator.h"
+#include "train/distributed/placement.h"
 #include "train/metrics.h"
 #include "train/optimizer.h"
 #include "train/run_config.h"
@@ -42,7 +44,9 @@ class Trainer {
   // Takes the run's folder, opens corpora, builds the model, goes on from the newest checkpoint if
   // there is one. Throws std::invalid_argument or std::runtime_error, also if another program
   // trains in the folder.
-  explicit Trainer(const RunConfig& config);
+  // `placement` is this process's among those that make the run together; the first of them writes
+  // the folder.
+  explicit Trainer(const RunConfig& config, const Placement& placement = {});
   // The run as it was before `step`, to do it again: from the newest checkpoint before it, or from
   // the start. Nothing in the folder is changed.
   static Trainer before_step(const RunConfig& config, int64_t step);
@@ -65,7 +69,10 @@ class Trainer {
 
  private:
   enum class Purpose { kTrain, kReplay };
-  Trainer(const RunConfig& config, Purpose purpose, std::optional<int64_t> before_step);
+  Trainer(const RunConfig& config,
+          const Placement& placement,
+          Purpose purpose,
+          std::optional<int64_t> before_step);
 
   // Of a micro-batch.
   struct Samples {
@@ -74,7 +81,16 @@ class Trainer {
   };
   void start(std::optional<int64_t> before_step);
   void write_start(RunLog& log) const;
+  bool is_first() const { return placement_.rank == 0; }
+  int64_t first_share() const;  // of the step's sequences, this process's first
+  int64_t share() const;        // and how many are its own
+  int64_t micro_batch_rows() const;
   int64_t micro_batches() const;
+  bool can_record() const;
+  RunEnd run_steps();
+  // What all processes do at this step, whichever of them has the reason.
+  void agree();
+  int asked_to_stop() const;
   // A step that the device may still be at.
   struct LaunchedStep {
     TrainerState before;
@@ -90,19 +106,22 @@ class Trainer {
   int64_t peak_memory_bytes() const;
   std::optional<RunEnd> end() const;
   bool is_step_of(std::optional<int64_t> every) const;
+  bool is_time_over() const;
+  bool is_save_due() const;
   bool is_time_to_save() const;
   bool is_work_due() const;  // on the weights as they are after the last launched step
   StepRecord record_of(LaunchedStep& launched, ProgressMeter& meter);
-  void add_record(const StepRecord& record, bool is_logged, RunLog& log) const;
-  void log_step(LaunchedStep& launched, ProgressMeter& meter, RunLog& log);
-  void finish_step(LaunchedStep& launched, ProgressMeter& meter, RunLog& log);
+  void add_record(const StepRecord& record, bool is_logged, RunLog* log) const;
+  void log_step(LaunchedStep& launched, ProgressMeter& meter, RunLog* log);
+  void finish_step(LaunchedStep& launched, ProgressMeter& meter, RunLog* log);
   std::optional<double> validate();  // nothing if a signal asked to stop meanwhile
   void write_sample(const StepRecord& record, RunLog& log);
   // Throws std::runtime_error if the last update left a weight that is not finite.
   void require_finite_weights() const;
-  void save(RunLog& log);
+  void save(RunLog* log);
 
   RunConfig config_;
+  Placement placement_;
   std::optional<RunLock> lock_;
   BinidxFile train_corpus_;
   std::optional<BinidxFile> validation_corpus_;
@@ -112,6 +131,7 @@ class Trainer {
   std::optional<int64_t> total_steps_;
   RwkvModel model_;
   OpenDevice device_;
+  std::unique_ptr<Communicator> communicator_;  // null for one process alone
   std::unique_ptr<Optimizer> optimizer_;
   std::unique_ptr<StepRunner> runner_;
   TrainerState state_;
@@ -119,6 +139,12 @@ class Trainer {
   int64_t started_step_ = 0;  // updates done before this start
   double started_s_ = 0;      // steady clock, and state_.elapsed_s, at the start
   double elapsed_before_s_ = 0;
+  struct Agreement {
+    int stop_signal = 0;
+    bool minutes_over = false;
+    bool save_due = false;
+  };
+  Agreement agreed_;    // of several processes
   double saved_s_ = 0;  // steady clock at the last save
   int64_t saved_step_ = -1;
   double flops_per_token_ = 0;

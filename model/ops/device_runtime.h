@@ -2,12 +2,19 @@
 // of work recorded once and run again. librookery_cuda.so implements it for CUDA.
 #pragma once
 
+#include <chrono>
 #include <cstdint>
 #include <functional>
 #include <memory>
 #include <string>
 
 #include <ATen/core/Tensor.h>
+#include <c10/util/intrusive_ptr.h>
+
+namespace c10d {
+class Backend;
+class Store;
+}  // namespace c10d
 
 namespace rwkv::ops {
 
@@ -58,6 +65,14 @@ class DeviceRuntime {
   // A copy of a host tensor on the device; the host tensor may be changed at once.
   virtual void upload(const at::Tensor& from_host, at::Tensor& to) = 0;
   virtual std::unique_ptr<HostCopy> download(const at::Tensor& from) = 0;
+
+  // `group`: collective operations between such devices, one of each process; the processes meet in
+  // `store`.
+  virtual void make_collectives(const c10::intrusive_ptr<c10d::Store>& store,
+                                int rank,
+                                int world_size,
+                                std::chrono::milliseconds timeout,
+                                c10::intrusive_ptr<c10d::Backend>& group) = 0;
 
   // Milliseconds of the device from before `work` to after it; waits for its end.
   virtual double milliseconds_of(const std::function<void()>& work) = 0;

@@ -79,32 +79,36 @@ TEST_F(BatchLoaderTest, StartsAnywhere) {
   expect_row(batch, 2, order_, 1'000'009);
 }
 
-// Several processes read together, step by step, what one reads alone.
+// Several processes read together, step by step, what one reads alone; however the samples of a
+// step divide, and in whatever batches.
 TEST_F(BatchLoaderTest, SharesTheSamplesAmongProcesses) {
-  constexpr int64_t kGlobalRows = 12;
-  for (const int64_t processes : {1, 2, 3}) {
+  constexpr int64_t kStepSamples = 13;
+  for (const int64_t processes : {1, 2, 3, 8}) {
     std::vector<std::unique_ptr<BatchLoader>> loaders;
+    std::vector<int64_t> shares;
     for (int64_t rank = 0; rank < processes; ++rank) {
-      BatchPlan share = plan();
-      share.rows = kGlobalRows / processes;
-      share.first_sample = rank;
-      share.sample_stride = processes;
-      loaders.push_back(std::make_unique<BatchLoader>(file(), order_, share));
+      BatchPlan part = plan();
+      part.rows = 2;
+      part.step_samples = kStepSamples;
+      part.first_share = rank * kStepSamples / processes;
+      part.share = (rank + 1) * kStepSamples / processes - part.first_share;
+      shares.push_back(part.share);
+      loaders.push_back(std::make_unique<BatchLoader>(file(), order_, part));
     }
     for (int64_t step = 0; step < 30; ++step) {
-      std::multiset<int64_t> expected;
-      for (int64_t n = 0; n < kGlobalRows; ++n) {
-        expected.insert(3 * order_.token_offset(step * kGlobalRows + n) + 1);
-      }
-      std::multiset<int64_t> read;
-      for (auto& loader : loaders) {
-        const Batch batch = loader->next();
-        for (int64_t j = 0; j < batch.rows; ++j) {
-          expect_row(batch, j, order_, batch.first_sample + j * processes);
-          read.insert(batch.inputs[static_cast<size_t>(j * kCtxLen)]);
+      int64_t sample = step * kStepSamples;
+      for (size_t rank = 0; rank < loaders.size(); ++rank) {
+        for (int64_t left = shares[rank]; left > 0;) {
+          const Batch batch = loaders[rank]->next();
+          ASSERT_EQ(batch.rows, std::min<int64_t>(left, 2));
+          ASSERT_EQ(batch.first_sample, sample) << processes << " processes, step " << step;
+          for (int64_t j = 0; j < batch.rows; ++j) {
+            expect_row(batch, j, order_, sample + j);
+          }
+          sample += batch.rows;
+          left -= batch.rows;
         }
       }
-      ASSERT_EQ(read, expected) << processes << " processes, step " << step;
     }
   }
 }
@@ -178,8 +182,10 @@ TEST_F(BatchLoaderTest, RefusesPlansThatMakeNoSense) {
   bad.first_sample = -1;
   expect_refused(bad, "first_sample = -1");
   bad = plan();
-  bad.sample_stride = 0;
-  expect_refused(bad, "sample_stride = 0");
+  bad.step_samples = 4;
+  bad.first_share = 1;
+  bad.share = 4;
+  expect_refused(bad, "a share of 4 from 1 is beyond the 4 samples of a step");
   bad = plan();
   bad.vocab_size = 0;
   expect_refused(bad, "vocab_size = 0");

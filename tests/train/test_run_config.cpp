@@ -100,6 +100,7 @@ RunConfig full_config() {
               .length = 17,
               .temperature = 0.7,
               .top_p = 0.6};
+  c.distributed = {.timeout_s = 30};
   c.optimizer = {.beta1 = 0.8,
                  .beta2 = 0.95,
                  .eps = 1e-9,
@@ -472,6 +473,7 @@ TEST(RunConfigResume, LetsHowTheRunIsHandledDiffer) {
   now.train.keep_every_steps = 5;
   now.train.tensorboard = true;
   now.sample = {.prompt = "b", .length = 7, .temperature = 0.3, .top_p = 0.4};
+  now.distributed = {.timeout_s = 9};
   check_resume(now, saved, 512);
 }
 
@@ -519,6 +521,7 @@ TEST(RunConfigResume, EveryOtherKeyMustMatch) {
                           "sample.length",
                           "sample.temperature",
                           "sample.top_p",
+                          "distributed.timeout_s",
                           "train.batch_size",
                           "train.total_tokens",
                           "train.total_steps",

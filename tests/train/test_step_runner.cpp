@@ -51,6 +51,11 @@ class RecordingCpu final : public ops::DeviceRuntime {
   std::unique_ptr<ops::HostCopy> download(const at::Tensor& from) override {
     return std::make_unique<ClonedTensor>(from);
   }
+  void make_collectives(const c10::intrusive_ptr<c10d::Store>&,
+                        int,
+                        int,
+                        std::chrono::milliseconds,
+                        c10::intrusive_ptr<c10d::Backend>&) override {}
   double milliseconds_of(const std::function<void()>& work) override {
     work();
     return 1;

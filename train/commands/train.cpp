@@ -4,6 +4,7 @@
 #include <spdlog/spdlog.h>
 
 #include "train/commands/commands.h"
+#include "train/distributed/placement.h"
 #include "train/run_main.h"
 #include "train/run_setup.h"
 #include "train/stop_signal.h"
@@ -68,7 +69,7 @@ int train_command(int argc, char** argv) {
     return 0;
   }
   catch_stop_signals();
-  const RunEnd end = Trainer(config).run();
+  const RunEnd end = Trainer(config, placement_from_environment()).run();
   return end.signal == 0 ? 0 : kExitSignal + end.signal;
 }
 

@@ -1,0 +1,213 @@
+"""Several processes that train together: the run that one makes alone, and what they say when one of
+them is gone.
+
+Run by ctest as: test_distributed.py PATH_OF_ROOKERY.
+"""
+
+import json
+import signal
+import socket
+import subprocess
+import time
+
+import support
+from support import rookery
+
+DEADLINE_S = 120
+TIMEOUT_S = 5  # the least that distributed.timeout_s may be
+
+
+def free_port():
+    with socket.socket() as listener:
+        listener.bind(("127.0.0.1", 0))
+        return listener.getsockname()[1]
+
+
+class Ranks:
+    """`rookery train` in several processes, under way."""
+
+    def __init__(self, folder, count, *options):
+        port = free_port()
+        self.logs = [folder / f"rank_{rank}.log" for rank in range(count)]
+        self.processes = []
+        for rank, path in enumerate(self.logs):
+            with open(path, "wb") as log:
+                self.processes.append(subprocess.Popen(
+                    support.command_line("train", "--config", "run.toml",
+                                         *(f"--set={option}" for option in options)),
+                    cwd=folder, stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL, stderr=log,
+                    env={**support.environment(), "RANK": str(rank), "WORLD_SIZE": str(count),
+                         "LOCAL_RANK": str(rank), "LOCAL_WORLD_SIZE": str(count),
+                         "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}))
+
+    def wait(self):
+        """Their exit codes."""
+        end = time.monotonic() + DEADLINE_S
+        try:
+            return [process.wait(timeout=end - time.monotonic()) for process in self.processes]
+        finally:
+            self.kill()
+
+    def kill(self):
+        for process in self.processes:
+            process.kill()
+            process.wait()
+
+    def text(self, rank):
+        return self.logs[rank].read_text(encoding="utf-8")
+
+
+class Run(support.Folder):
+    """A corpus and a configuration."""
+
+    def setUp(self):
+        super().setUp()
+        support.write_text(self.folder / "text.txt", support.text_lines())
+        rookery("tokenize", "--tokenizer", "bytes", "--output", "corpus", "text.txt",
+                cwd=self.folder)
+        # Seven sequences a step: few numbers of processes divide them. With a constant rate a run may
+        # end sooner and go on.
+        (self.folder / "run.toml").write_text(f"""
+            [model]
+            version = "rwkv4"
+            n_layer = 2
+            n_embd = 32
+            ctx_len = 16
+            [data]
+            train = "corpus"
+            [train]
+            run_dir = "run"
+            batch_size = 7
+            total_steps = 8
+            threads = 1
+            log_every_steps = 1
+            save_every_steps = 4
+            keep_checkpoints = 9
+            [optimizer]
+            clip_norm = 0.5
+            [schedule]
+            kind = "constant"
+            lr_init = 3e-3
+            [distributed]
+            timeout_s = {TIMEOUT_S}
+            """, encoding="utf-8")
+
+
+class SameRun(Run):
+    def train(self, count, run_dir, *options):
+        ranks = Ranks(self.folder, count, f"train.run_dir={run_dir}", *options)
+        codes = ranks.wait()
+        self.assertEqual(codes, [0] * count, "\n".join(map(ranks.text, range(count))))
+        return self.losses(run_dir)
+
+    def losses(self, run_dir):
+        lines = (self.folder / run_dir / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
+        return [json.loads(line)["loss"] for line in lines]
+
+    def optimizer_file(self, run_dir, step=8):
+        return (self.folder / run_dir / "checkpoints" / f"step_{step:08}" /
+                "optimizer.safetensors").read_bytes()
+
+    def test_any_number_of_processes_makes_the_same_run(self):
+        alone = self.train(1, "one")
+        for count in (2, 3, 7):
+            with self.subTest(count=count):
+                together = self.train(count, f"of_{count}")
+                self.assertEqual(len(together), 8)
+                for loss, expected in zip(together, alone, strict=True):
+                    self.assertAlmostEqual(loss, expected, delta=1e-5)
+
+    def test_two_runs_of_as_many_processes_are_equal_bit_for_bit(self):
+        self.assertEqual(self.train(2, "first"), self.train(2, "second"))
+        self.assertEqual(self.optimizer_file("first"), self.optimizer_file("second"))
+
+    def test_goes_on_with_as_many_processes_bit_for_bit_and_with_others(self):
+        whole = self.train(2, "whole")
+        for count in (2, 1, 3):
+            with self.subTest(count=count):
+                run = f"then_{count}"
+                self.train(2, run, "train.total_steps=4")
+                resumed = self.train(count, run)
+                if count == 2:
+                    self.assertEqual(resumed, whole)
+                    self.assertEqual(self.optimizer_file(run), self.optimizer_file("whole"))
+                for loss, expected in zip(resumed, whole, strict=True):
+                    self.assertAlmostEqual(loss, expected, delta=1e-5)
+
+    def test_bf16_and_micro_batches_agree_too(self):
+        bf16 = ("train.dtype=bf16", "train.batch_size=9")
+        alone = self.train(1, "one", *bf16)
+        # Four and five sequences, three at most at once.
+        together = self.train(2, "two", *bf16, "train.micro_batch_size=3")
+        for loss, expected in zip(together, alone, strict=True):
+            self.assertAlmostEqual(loss, expected, delta=2e-2)
+
+    def test_more_processes_than_sequences_are_refused(self):
+        ranks = Ranks(self.folder, 2, "train.batch_size=1")
+        self.assertEqual(ranks.wait(), [2, 2])
+        self.assertIn("train.batch_size = 1: fewer sequences a step than the 2 processes",
+                      ranks.text(0))
+
+    def test_a_process_alone_says_who_did_not_come(self):
+        ranks = Ranks(self.folder, 2)
+        ranks.processes[1].kill()
+        ranks.processes[1].wait()
+        self.assertEqual(ranks.wait()[0], 1)
+        self.assertRegex(ranks.text(0), "rank 1 of 2 did not come within 5 s")
+
+
+class Faults(Run):
+    """Of three processes that train for longer than the test takes."""
+
+    LONG = ("train.total_steps=1000000", "train.save_every_steps=1000000")
+
+    def started(self):
+        ranks = Ranks(self.folder, 3, *self.LONG)
+        self.addCleanup(ranks.kill)
+        end = time.monotonic() + DEADLINE_S
+        metrics = self.folder / "run" / "metrics.jsonl"
+        while not (metrics.exists() and metrics.read_bytes().count(b"\n") > 3):
+            self.assertLess(time.monotonic(), end, "the run does not start:\n" + ranks.text(0))
+            self.assertIsNone(ranks.processes[0].poll(), ranks.text(0))
+            time.sleep(0.02)
+        return ranks
+
+    def test_a_killed_process_is_named_by_the_others(self):
+        ranks = self.started()
+        ranks.processes[1].kill()
+        codes = ranks.wait()
+        self.assertEqual(codes, [1, -signal.SIGKILL, 1])
+        for rank in (0, 2):
+            self.assertRegex(ranks.text(rank), r"step \d+: (.* )?rank 1 has not been heard of for")
+
+    def test_the_first_process_killed_is_named_too(self):
+        ranks = self.started()
+        ranks.processes[0].kill()
+        self.assertEqual(ranks.wait(), [-signal.SIGKILL, 1, 1])
+        for rank in (1, 2):
+            self.assertRegex(ranks.text(rank), r"rank 0(, which holds the store at \S+,)? has not been")
+
+    def test_a_stopped_process_is_named_within_the_timeout(self):
+        ranks = self.started()
+        ranks.processes[2].send_signal(signal.SIGSTOP)
+        begin = time.monotonic()
+        for rank in (0, 1):
+            self.assertEqual(ranks.processes[rank].wait(timeout=DEADLINE_S), 1)
+            self.assertRegex(ranks.text(rank), r"step \d+: (.* )?rank 2 has not been heard of for")
+        self.assertLess(time.monotonic() - begin, TIMEOUT_S + 5)
+
+    def test_a_signal_to_one_saves_on_all(self):
+        ranks = self.started()
+        ranks.processes[2].send_signal(signal.SIGTERM)
+        self.assertEqual(ranks.wait(), [128 + signal.SIGTERM] * 3)
+        self.assertEqual(len(support.checkpoints(self.folder / "run")), 1)
+        self.assertIn("SIGTERM asked to stop", ranks.text(0))
+
+    def test_a_loss_that_is_not_finite_ends_all_with_its_process(self):
+        ranks = Ranks(self.folder, 3, *self.LONG, "schedule.lr_init=1e18", "optimizer.clip_norm=0")
+        self.assertEqual(ranks.wait(), [1, 1, 1])
+        self.assertRegex(ranks.text(0), r"step \d+: loss \S*(nan|inf)")
+
+
+if __name__ == "__main__":
+    support.main()
