@@ -1,6 +1,7 @@
 // Adds up the gradients of all processes while backward still runs.
 //
-// The flat gradients are cut into buckets of about 25 MB. A bucket is under way as soon as the last
+// The flat gradients are cut into buckets of about 100 MB: with 25 MB a step of 1.5B on two H200s is
+// 1 % slower, with more it is no faster. A bucket is under way as soon as the last
 // gradient in it is there; buckets leave in one order on all processes, that in which backward
 // comes to the end of them. What has not left when backward is over, leaves then.
 #pragma once
@@ -21,7 +22,7 @@ class GradientReducer {
   // Both outlive the reducer, which takes the optimizer's gradient listener.
   GradientReducer(Communicator& communicator,
                   Optimizer& optimizer,
-                  int64_t bucket_bytes = int64_t{25} << 20);
+                  int64_t bucket_bytes = int64_t{100} << 20);
   ~GradientReducer();
   GradientReducer(const GradientReducer&) = delete;
   GradientReducer& operator=(const GradientReducer&) = delete;
