@@ -5,6 +5,7 @@
 #include <string_view>
 
 #include "train/commands/commands.h"
+#include "train/commands/launch.h"
 #include "train/run_main.h"
 #include "train/torch_library.h"
 #include "train/version.h"
@@ -64,6 +65,12 @@ int dispatch(int argc, char** argv) {
   if (name == "--version") {
     std::cout << "rookery " << rwkv::rookery_version() << '\n';
     return 0;
+  }
+  if (name == "train") {
+    // The launcher of several ranks outlives them all, and needs no LibTorch.
+    if (const auto code = rwkv::launch_command(argc - 1, argv + 1, verbose)) {
+      return *code;
+    }
   }
   for (const Command& command : kCommands) {
     if (command.name == name) {

@@ -5,6 +5,8 @@ Run by ctest as: test_distributed.py PATH_OF_ROOKERY.
 """
 
 import json
+import os
+import pathlib
 import signal
 import socket
 import subprocess
@@ -207,6 +209,70 @@ class Faults(Run):
         ranks = Ranks(self.folder, 3, *self.LONG, "schedule.lr_init=1e18", "optimizer.clip_norm=0")
         self.assertEqual(ranks.wait(), [1, 1, 1])
         self.assertRegex(ranks.text(0), r"step \d+: loss \S*(nan|inf)")
+
+
+class Launcher(Run):
+    """`rookery train --nproc`."""
+
+    def start(self, *options):
+        with open(self.folder / "launcher.log", "wb") as log:
+            launcher = subprocess.Popen(
+                support.command_line("train", "--config", "run.toml", "--nproc", 2, *options),
+                cwd=self.folder, env=support.environment(), stdin=subprocess.DEVNULL,
+                stdout=subprocess.DEVNULL, stderr=log)
+        self.addCleanup(launcher.wait)
+        self.addCleanup(launcher.kill)
+        return launcher
+
+    def log(self):
+        return (self.folder / "launcher.log").read_text(encoding="utf-8")
+
+    def ranks_of(self, launcher):
+        """Their process numbers, by rank."""
+        children = pathlib.Path(f"/proc/{launcher.pid}/task/{launcher.pid}/children").read_text()
+        found = {}
+        for child in children.split():
+            try:
+                environment = pathlib.Path(f"/proc/{child}/environ").read_bytes().split(b"\0")
+            except OSError:
+                continue
+            for variable in environment:
+                if variable.startswith(b"RANK="):
+                    found[int(variable[5:])] = int(child)
+        return found
+
+    def wait_for(self, condition):
+        end = time.monotonic() + DEADLINE_S
+        while not condition():
+            self.assertLess(time.monotonic(), end, self.log())
+            time.sleep(0.01)
+
+    def test_a_run_whose_processes_are_killed_is_the_run_that_was_not(self):
+        options = ("--set", "train.total_steps=400", "--set", "train.save_every_steps=20")
+        self.assertEqual(self.start(*options, "--set", "train.run_dir=whole").wait(DEADLINE_S), 0)
+        launcher = self.start(*options)
+        for kills in range(2):
+            folder = self.folder / "run"
+            self.wait_for(lambda: folder.exists() and len(support.checkpoints(folder)) > 2 * kills
+                          and len(self.ranks_of(launcher)) == 2)
+            os.kill(self.ranks_of(launcher)[kills], signal.SIGKILL)
+            self.wait_for(lambda: f"restart {kills + 1} of 3" in self.log())
+        self.assertEqual(launcher.wait(DEADLINE_S), 0, self.log())
+        for run in ("whole", "run"):
+            self.assertIn("step_00000400", support.checkpoints(self.folder / run))
+        last = [(self.folder / run / "checkpoints" / "step_00000400" / "optimizer.safetensors")
+                .read_bytes() for run in ("whole", "run")]
+        self.assertEqual(*last)
+
+    def test_a_signal_to_the_launcher_saves_and_ends(self):
+        launcher = self.start("--set", "train.total_steps=1000000",
+                              "--set", "train.save_every_steps=1000000")
+        metrics = self.folder / "run" / "metrics.jsonl"
+        self.wait_for(lambda: metrics.exists() and metrics.read_bytes().count(b"\n") > 3)
+        launcher.send_signal(signal.SIGTERM)
+        self.assertEqual(launcher.wait(DEADLINE_S), 128 + signal.SIGTERM, self.log())
+        self.assertEqual(len(support.checkpoints(self.folder / "run")), 1)
+        self.assertIn("[0]", self.log())
 
 
 if __name__ == "__main__":

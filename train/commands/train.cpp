@@ -4,6 +4,7 @@
 #include <spdlog/spdlog.h>
 
 #include "train/commands/commands.h"
+#include "train/commands/launch.h"
 #include "train/distributed/placement.h"
 #include "train/run_main.h"
 #include "train/run_setup.h"
@@ -12,9 +13,6 @@
 
 namespace rwkv {
 namespace {
-
-constexpr const char* kExample =
-    "rookery train --config configs/smoke_rwkv4.toml --set train.total_steps=100";
 
 std::string replay(const RunConfig& config, int64_t step) {
   if (step < 1) {
@@ -40,20 +38,8 @@ RunConfig resolved_if_possible(const RunConfig& config) {
 }  // namespace
 
 int train_command(int argc, char** argv) {
-  cxxopts::Options options("rookery train",
-                           "Trains a model. Started again in its train.run_dir, a run goes on from "
-                           "its newest checkpoint.\n");
-  cxxopts::OptionAdder add = options.add_options();
-  add("config", "the run's TOML file", cxxopts::value<std::string>());
-  add("set",
-      "section.key=value, over what the file says; may be given again",
-      cxxopts::value<std::vector<std::string>>());
-  add("replay",
-      "do this step again, from the newest checkpoint before it, with a look at every op's result; "
-      "changes nothing",
-      cxxopts::value<int64_t>());
-  add("print-config", "print the configuration with all that follows from it, and end");
-  const auto parsed = parse_options(options, argc, argv, kExample, {"config"});
+  cxxopts::Options options = train_options();
+  const auto parsed = parse_options(options, argc, argv, kTrainExample, {"config"});
   if (!parsed) {
     return 0;
   }
