@@ -2,15 +2,18 @@
 
 #include <filesystem>
 #include <map>
+#include <span>
 #include <stdexcept>
+#include <system_error>
+#include <utility>
 
 #include <nlohmann/json.hpp>
 #include <spdlog/spdlog.h>
 
 #include "data/atomic_file.h"
+#include "data/content_hash.h"
 #include "data/json_text.h"
-#include "model/formats/format_registry.h"
-#include "model/formats/safetensors.h"
+#include "train/version.h"
 
 namespace rwkv {
 namespace {
@@ -19,10 +22,16 @@ namespace fs = std::filesystem;
 
 constexpr size_t kMaxStateBytes = size_t{1} << 20;
 
-void write_text(const fs::path& path, const std::string& text) {
-  AtomicFile file(path.string());
+ManifestFile write_text(const fs::path& folder, const char* name, const std::string& text) {
+  AtomicFile file((folder / name).string());
   file.write(text);
   file.commit();
+  return {
+      .name = name, .bytes = text.size(), .checksum = content_hash(std::as_bytes(std::span(text)))};
+}
+
+fs::path partial_path(const CheckpointSettings& settings, int64_t step) {
+  return checkpoints_folder(settings.config.train.run_dir) / partial_name(checkpoint_name(step));
 }
 
 // Checkpoints are of whole steps: what does not fit together would train on other samples unseen.
@@ -81,46 +90,66 @@ SavedRun read_saved(const std::string& checkpoint) {
 
 }  // namespace
 
-std::string save_checkpoint(const std::string& run_dir,
-                            const RunConfig& config,
-                            const std::optional<std::string>& tokenizer_identity,
-                            const Optimizer& optimizer,
-                            const TrainerState& state,
-                            const Retention& retention) {
+void begin_checkpoint(const CheckpointSettings& settings, int64_t step, uint64_t bytes) {
+  const fs::path partial = partial_path(settings, step);
+  fs::create_directories(partial.parent_path());
+  fs::remove_all(partial);
+  require_space_for_checkpoint(settings.config.train.run_dir, bytes);
+  fs::create_directory(partial);
+}
+
+std::vector<ManifestFile> write_checkpoint_pieces(const CheckpointSettings& settings,
+                                                  int64_t step,
+                                                  const CheckpointPieces& pieces,
+                                                  ProcessPlace place) {
+  const fs::path partial = partial_path(settings, step);
+  std::vector<ManifestFile> files;
+  const auto write = [&](const char* stem,
+                         const std::vector<TensorPiece>& tensors,
+                         const std::map<std::string, std::string>& metadata) {
+    const std::string name = piece_file_name(stem, place);
+    const WrittenFile written =
+        write_pieces((partial / name).string(), to_write(tensors), metadata);
+    files.push_back({.name = name, .bytes = written.bytes, .checksum = written.checksum});
+  };
+  std::map<std::string, std::string> metadata{{"format", "pt"},
+                                              {kRunConfigKey, to_toml(settings.config)}};
+  if (settings.tokenizer_identity) {
+    metadata.emplace(kTokenizerKey, *settings.tokenizer_identity);
+  }
+  write("model", pieces.weights, metadata);
+  write("optimizer", pieces.moments, {});
+  return files;
+}
+
+std::string finish_checkpoint(const CheckpointSettings& settings,
+                              const TrainerState& state,
+                              std::vector<ManifestFile> files,
+                              int64_t num_processes) {
+  const std::string& run_dir = settings.config.train.run_dir;
   const fs::path folder = checkpoints_folder(run_dir);
   const fs::path final_path = folder / checkpoint_name(state.step);
-  const fs::path partial = folder / partial_name(checkpoint_name(state.step));
+  const fs::path partial = partial_path(settings, state.step);
+  const nlohmann::ordered_json progress = {{"step", state.step},
+                                           {"samples", state.samples},
+                                           {"tokens", state.tokens},
+                                           {"corpus", state.corpus},
+                                           {"elapsed_s", state.elapsed_s},
+                                           {"processes", num_processes}};
+  files.push_back(write_text(partial, "trainer.json", progress.dump(2) + "\n"));
+  files.push_back(write_text(partial, "config.toml", to_toml(settings.config)));
+  write_text(partial,
+             kManifestName,
+             to_json({.step = state.step,
+                      .processes = num_processes,
+                      .version = rookery_version(),
+                      .files = std::move(files)}));
+  // A run that went on from an older checkpoint comes past this step again.
+  fs::remove_all(final_path);
+  fs::rename(partial, final_path);
+  sync_folder(folder.string());
   try {
-    fs::create_directories(folder);
-    fs::remove_all(partial);
-    fs::create_directory(partial);
-    const std::string config_text = to_toml(config);
-    const NamedTensors weights = optimizer.master_weights();
-    const NamedTensors moments = optimizer.moments();
-    std::map<std::string, std::string> metadata{{"format", "pt"}, {kRunConfigKey, config_text}};
-    if (tokenizer_identity) {
-      metadata.emplace(kTokenizerKey, *tokenizer_identity);
-    }
-    write_safetensors((partial / "model.safetensors").string(), to_write(weights), metadata);
-    write_safetensors((partial / "optimizer.safetensors").string(), to_write(moments), {});
-    const nlohmann::ordered_json progress = {{"step", state.step},
-                                             {"samples", state.samples},
-                                             {"tokens", state.tokens},
-                                             {"corpus", state.corpus},
-                                             {"elapsed_s", state.elapsed_s}};
-    write_text(partial / "trainer.json", progress.dump(2) + "\n");
-    write_text(partial / "config.toml", config_text);
-    // A run that went on from an older checkpoint comes past this step again.
-    fs::remove_all(final_path);
-    fs::rename(partial, final_path);
-    sync_folder(folder.string());
-  } catch (...) {
-    std::error_code ignored;
-    fs::remove_all(partial, ignored);
-    throw;
-  }
-  try {
-    delete_old_checkpoints(run_dir, state.step, retention);
+    delete_old_checkpoints(run_dir, state.step, settings.retention);
   } catch (const fs::filesystem_error& error) {
     // The new one is there: no reason to end the run.
     spdlog::warn("{}: an old checkpoint cannot be deleted: {}",
@@ -128,6 +157,24 @@ std::string save_checkpoint(const std::string& run_dir,
                  error.code().message());
   }
   return final_path.string();
+}
+
+void abandon_checkpoint(const CheckpointSettings& settings, int64_t step) {
+  std::error_code ignored;
+  fs::remove_all(partial_path(settings, step), ignored);
+}
+
+std::string save_checkpoint(const CheckpointSettings& settings,
+                            const CheckpointPieces& pieces,
+                            const TrainerState& state) {
+  try {
+    begin_checkpoint(settings, state.step, bytes_of(pieces));
+    return finish_checkpoint(
+        settings, state, write_checkpoint_pieces(settings, state.step, pieces));
+  } catch (...) {
+    abandon_checkpoint(settings, state.step);
+    throw;
+  }
 }
 
 SavedRun read_saved_run(const std::string& checkpoint) {
@@ -144,11 +191,7 @@ SavedRun read_saved_run(const std::string& checkpoint) {
 void load_optimizer(const std::string& checkpoint,
                     const TrainerState& state,
                     Optimizer& optimizer) {
-  read_whole([&] {
-    optimizer.load(read_safetensors((fs::path(checkpoint) / "model.safetensors").string()),
-                   read_safetensors((fs::path(checkpoint) / "optimizer.safetensors").string()),
-                   state.step);
-  });
+  read_whole([&] { optimizer.load(open_checkpoint(checkpoint), state.step); });
 }
 
 }  // namespace rwkv

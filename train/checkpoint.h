@@ -6,8 +6,13 @@
 //                            tokenizer that made the corpus, if it is known
 //     optimizer.safetensors  AdamW's moments as m.<name> and v.<name>, fp32
 //     trainer.json           step, tokens and samples seen: data position and schedule follow; the
-//                            seconds that it took; the fingerprint of the corpus
+//                            seconds that it took; the fingerprint of the corpus; how many
+//                            processes wrote the checkpoint
 //     config.toml            the resolved configuration
+//     manifest.json          every other file with its size and checksum (train/manifest.h)
+// Of several processes each writes what it holds, model.00000-of-00002.safetensors and so on
+// (model/formats/piece_files.h); any number of processes can go on from them.
+//
 // A checkpoint is written under a name that starts with "partial_", made durable, and renamed.
 // Nothing random is drawn after the initial weights (sample order is a function of the seed and the
 // sample number), so there is no generator state to keep beside the seed in the configuration.
@@ -16,7 +21,10 @@
 #include <cstdint>
 #include <optional>
 #include <string>
+#include <vector>
 
+#include "train/checkpoint_tensors.h"
+#include "train/manifest.h"
 #include "train/optimizer.h"
 #include "train/run_config.h"
 #include "train/run_folder.h"
@@ -31,17 +39,37 @@ struct TrainerState {
   double elapsed_s = 0;  // seconds of training, those before restarts included
 };
 
-// Writes the checkpoint of `state.step`, then deletes those that `retention` does not keep and
-// whatever an interrupted save left. `tokenizer_identity` is Tokenizer::identity() of the corpus'
-// tokenizer. Returns its path. Throws std::runtime_error naming the file and the reason; nothing of
-// the failed checkpoint is left, and no older one is deleted. An older one that cannot be deleted
-// is a warning in the log.
-std::string save_checkpoint(const std::string& run_dir,
-                            const RunConfig& config,
-                            const std::optional<std::string>& tokenizer_identity,
-                            const Optimizer& optimizer,
-                            const TrainerState& state,
-                            const Retention& retention);
+// What all checkpoints of a run have in common.
+struct CheckpointSettings {
+  RunConfig config;  // its train.run_dir is where they go
+  // Tokenizer::identity() of the corpus' tokenizer, if it is known.
+  std::optional<std::string> tokenizer_identity = {};
+  Retention retention = {};
+};
+
+// Writes the checkpoint of `state.step`, then deletes those that the retention does not keep and
+// whatever an interrupted save left. Returns its path. Throws std::runtime_error naming the file
+// and the reason, also if the disk has no room for it; nothing of the failed checkpoint is left,
+// and no older one is deleted. An older one that cannot be deleted is a warning in the log.
+std::string save_checkpoint(const CheckpointSettings& settings,
+                            const CheckpointPieces& pieces,
+                            const TrainerState& state);
+
+// The same in three parts, for several processes with a barrier between one part and the next.
+// First: one process makes the folder, after a look at whether `bytes` fit on the disk.
+void begin_checkpoint(const CheckpointSettings& settings, int64_t step, uint64_t bytes);
+// Second: every process writes its pieces there, and tells what it wrote.
+std::vector<ManifestFile> write_checkpoint_pieces(const CheckpointSettings& settings,
+                                                  int64_t step,
+                                                  const CheckpointPieces& pieces,
+                                                  ProcessPlace place = {});
+// Third: the one process, given `files` of all, completes the checkpoint and returns its path.
+std::string finish_checkpoint(const CheckpointSettings& settings,
+                              const TrainerState& state,
+                              std::vector<ManifestFile> files,
+                              int64_t num_processes = 1);
+// In place of the third part, if the second failed in any process: removes what was written.
+void abandon_checkpoint(const CheckpointSettings& settings, int64_t step);
 
 struct SavedRun {
   RunConfig config;

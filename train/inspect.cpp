@@ -18,6 +18,7 @@
 #include "data/tokenizer_registry.h"
 #include "data/utf8.h"
 #include "model/formats/format_registry.h"
+#include "model/formats/piece_files.h"
 #include "model/formats/pth.h"
 #include "model/formats/tensor_statistics.h"
 #include "model/version_shapes.h"
@@ -117,6 +118,19 @@ Json describe_metadata(const WeightFile& file) {
   return metadata;
 }
 
+// Of all files that hold the tensors.
+uint64_t bytes_of(const WeightFile& file) {
+  if (!fs::is_directory(file.path)) {
+    return fs::file_size(file.path);
+  }
+  uint64_t bytes = 0;
+  for (const auto& entry : fs::directory_iterator(file.path)) {
+    const std::string name = entry.path().filename().string();
+    bytes += name.starts_with("model.") && name.ends_with(".safetensors") ? entry.file_size() : 0;
+  }
+  return bytes;
+}
+
 Json inspect_weights(const std::string& path) {
   const WeightFile file = read_weights(path);
   // Statistics read every byte anyway.
@@ -128,7 +142,7 @@ Json inspect_weights(const std::string& path) {
                                              : "weights of no known RWKV version"},
                  {"path", file.path},
                  {"format", file.format},
-                 {"bytes", fs::file_size(file.path)}};
+                 {"bytes", bytes_of(file)}};
   if (model) {
     result.update(describe_model(*model));
   }
@@ -360,7 +374,7 @@ Json inspect_folder(const std::string& path) {
   if (fs::exists(folder / "metrics.jsonl") || fs::exists(folder / "checkpoints")) {
     return inspect_run(path);
   }
-  if (fs::exists(folder / "model.safetensors")) {
+  if (fs::exists(folder / "model.safetensors") || has_piece_files(path, "model")) {
     return inspect_checkpoint(path);
   }
   throw std::runtime_error(path + ": is a folder without metrics.jsonl, checkpoints or " +

@@ -5,7 +5,7 @@
 #include <functional>
 #include <memory>
 #include <numeric>
-#include <stdexcept>
+#include <utility>
 
 #include <ATen/ATen.h>
 #include <torch/csrc/autograd/function_hook.h>
@@ -21,25 +21,13 @@ int64_t padded(int64_t elements) {
   return (elements + kAlignment - 1) / kAlignment * kAlignment;
 }
 
-// A tensor of a file, of the shape that it must have.
-at::Tensor read_tensor(const WeightFile& file, const std::string& name, at::IntArrayRef shape) {
-  const StoredTensor* stored = file.find(name);
-  if (stored == nullptr) {
-    throw std::runtime_error(file.path + ": " + name +
-                             " is missing; the checkpoint is not of this model");
-  }
-  const at::Tensor tensor = to_tensor(*stored);
-  if (tensor.sizes() != shape) {
-    throw std::runtime_error(c10::str(file.path,
-                                      ": ",
-                                      name,
-                                      " is ",
-                                      tensor.sizes(),
-                                      ", expected ",
-                                      shape,
-                                      "; the checkpoint is not of this model"));
-  }
-  return tensor;
+// Room for a whole tensor of a checkpoint.
+TensorPiece make_piece(const std::string& name, const at::Tensor& parameter) {
+  return {.name = name,
+          .shape = parameter.sizes().vec(),
+          .begin = 0,
+          .end = parameter.numel(),
+          .values = at::empty({parameter.numel()}, at::kFloat)};
 }
 
 // Calls a function once backward has put a parameter's gradient in place.
@@ -319,15 +307,38 @@ NamedTensors Optimizer::moments() const {
   return result;
 }
 
-void Optimizer::load(const WeightFile& weights, const WeightFile& moments, int64_t steps) {
+void Optimizer::copy_state(CheckpointPieces& state) const {
+  const at::NoGradGuard no_grad;
+  if (state.weights.empty()) {
+    for (const Slot& slot : slots_) {
+      state.weights.push_back(make_piece(slot.name, slot.parameter));
+      if (slot.trained) {
+        state.moments.push_back(make_piece("m." + slot.name, slot.parameter));
+        state.moments.push_back(make_piece("v." + slot.name, slot.parameter));
+      }
+    }
+  }
+  auto weight = state.weights.begin();
+  auto moment = state.moments.begin();
+  for (const Slot& slot : slots_) {
+    const ops::AdamwBuffers& buffers = stores_[slot.store].buffers;
+    (weight++)->values.copy_(master_of(slot).view({-1}));
+    if (slot.trained) {
+      (moment++)->values.copy_(view_of(buffers.m, slot).view({-1}));
+      (moment++)->values.copy_(view_of(buffers.v, slot).view({-1}));
+    }
+  }
+}
+
+void Optimizer::load(const CheckpointTensors& saved, int64_t steps) {
   const at::NoGradGuard no_grad;
   for (const Slot& slot : slots_) {
     const at::IntArrayRef shape = slot.parameter.sizes();
-    set_master(slot, read_tensor(weights, slot.name, shape));
+    set_master(slot, saved.weights.read(slot.name, shape));
     if (slot.trained) {
       const ops::AdamwBuffers& buffers = stores_[slot.store].buffers;
-      view_of(buffers.m, slot).copy_(read_tensor(moments, "m." + slot.name, shape));
-      view_of(buffers.v, slot).copy_(read_tensor(moments, "v." + slot.name, shape));
+      view_of(buffers.m, slot).copy_(saved.moments.read("m." + slot.name, shape));
+      view_of(buffers.v, slot).copy_(saved.moments.read("v." + slot.name, shape));
     }
   }
   control_.select(0, ops::kControlSteps).fill_(static_cast<double>(steps));

@@ -26,6 +26,7 @@
 #include "model/ops/adamw.h"
 #include "model/rwkv_model.h"
 #include "model/weights.h"
+#include "train/checkpoint_tensors.h"
 #include "train/run_config.h"
 
 namespace rwkv {
@@ -98,9 +99,12 @@ class Optimizer {
   NamedTensors master_weights() const;
   // Both moments as "m.<name>" and "v.<name>", of the parameters that are trained, on the CPU.
   NamedTensors moments() const;
+  // The same, copied into `state`: its buffers are made by the first call and used again by later
+  // ones. 4 bytes for each parameter, and 8 more for each that is trained.
+  void copy_state(CheckpointPieces& state) const;
   // Continues from saved state: fills masters and moments by name and sets the step count. Throws
   // std::runtime_error naming the file and a tensor that is missing or of another shape.
-  void load(const WeightFile& weights, const WeightFile& moments, int64_t steps);
+  void load(const CheckpointTensors& saved, int64_t steps);
 
  private:
   // The flat buffers of parameters that the model has in one dtype; see AdamwBuffers.

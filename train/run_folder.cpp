@@ -14,6 +14,8 @@
 #include <sys/file.h>
 #include <unistd.h>
 
+#include "data/number_text.h"
+
 namespace rwkv {
 namespace {
 
@@ -95,15 +97,44 @@ std::optional<std::string> newest_checkpoint(const std::string& run_dir,
   return newest;
 }
 
+WholeCheckpoint newest_whole_checkpoint(const std::string& run_dir,
+                                        Scrutiny scrutiny,
+                                        std::optional<int64_t> before_step) {
+  WholeCheckpoint result;
+  auto checkpoints = list_checkpoints(run_dir);
+  std::erase_if(checkpoints,
+                [&](const auto& found) { return before_step && found.first >= *before_step; });
+  for (auto found = checkpoints.rbegin(); found != checkpoints.rend(); ++found) {
+    std::string damage = find_damage(found->second.string(), scrutiny);
+    if (damage.empty()) {
+      result.path = found->second.string();
+      return result;
+    }
+    result.refused.push_back(std::move(damage));
+  }
+  if (!result.refused.empty()) {
+    throw std::runtime_error(
+        result.refused.front() + "; " +
+        (checkpoints.size() == 1
+             ? "there is no other checkpoint in "
+             : "none of the " + std::to_string(checkpoints.size()) + " checkpoints is whole in ") +
+        checkpoints_folder(run_dir).string() +
+        ". Copy one there again, or delete that folder to train from the start");
+  }
+  return result;
+}
+
 void delete_old_checkpoints(const std::string& run_dir,
                             int64_t saved_step,
                             const Retention& retention) {
   auto checkpoints = list_checkpoints(run_dir);
   std::erase_if(checkpoints, [&](const auto& found) { return found.first > saved_step; });
-  const auto num_old = static_cast<int64_t>(checkpoints.size()) - retention.newest;
-  for (int64_t i = 0; i < num_old; ++i) {
-    const auto& [step, folder] = checkpoints[static_cast<size_t>(i)];
-    if (!retention.every_steps || step % *retention.every_steps != 0) {
+  int64_t kept = 0;
+  for (auto found = checkpoints.rbegin(); found != checkpoints.rend(); ++found) {
+    const auto& [step, folder] = *found;
+    if (kept < retention.newest) {
+      kept += find_damage(folder.string(), Scrutiny::kSizes).empty() ? 1 : 0;
+    } else if (!retention.every_steps || step % *retention.every_steps != 0) {
       delete_checkpoint(folder);
     }
   }
@@ -124,6 +155,18 @@ void require_writable_checkpoints(const std::string& run_dir) {
                              error.message() + "; name another train.run_dir");
   }
   fs::remove(probe);
+}
+
+void require_space_for_checkpoint(const std::string& run_dir, uint64_t bytes) {
+  const fs::path folder = checkpoints_folder(run_dir);
+  const uint64_t free_bytes = fs::space(folder).available;
+  // Headers, records and what the file system needs for itself.
+  const uint64_t needed = bytes + bytes / 20;
+  if (free_bytes < needed) {
+    throw std::runtime_error(folder.string() + ": " + grouped(free_bytes) +
+                             " bytes free, a checkpoint takes " + grouped(needed) +
+                             " (the disk is full; free some, or lower train.keep_checkpoints)");
+  }
 }
 
 std::string find_model(const std::string& path) {

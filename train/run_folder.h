@@ -15,8 +15,10 @@
 #include <filesystem>
 #include <optional>
 #include <string>
+#include <vector>
 
 #include "model/formats/weight_file.h"
+#include "train/manifest.h"
 #include "train/run_config.h"
 
 namespace rwkv {
@@ -37,13 +39,27 @@ std::string partial_name(const std::string& checkpoint_name);
 std::optional<std::string> newest_checkpoint(const std::string& run_dir,
                                              std::optional<int64_t> before_step = {});
 
+// The checkpoint that a run goes on from.
+struct WholeCheckpoint {
+  std::optional<std::string> path;   // nothing: the run has none, and begins
+  std::vector<std::string> refused;  // of those that are newer: what is wrong with each
+};
+// The newest one that is whole (train/manifest.h), with a smaller step than `before_step` if that
+// is given. Throws std::runtime_error if there are checkpoints and none is whole: a run never
+// begins anew because of a damaged file.
+WholeCheckpoint newest_whole_checkpoint(const std::string& run_dir,
+                                        Scrutiny scrutiny,
+                                        std::optional<int64_t> before_step = {});
+
 // Which checkpoints stay: the newest ones, and those whose step is a multiple of every_steps.
 struct Retention {
   int64_t newest = 1;  // 1 or more, so that the last one always stays
   std::optional<int64_t> every_steps = {};
 };
 // Deletes the others up to `saved_step`, the step just saved, and whatever an interrupted save or
-// deletion left. Folders of later steps are not this run's: they stay, and count for nothing.
+// deletion left. A checkpoint that lacks a file, or has one of another size than its manifest says,
+// is not counted, so that the last whole one stays. Folders of later steps are not this run's: they
+// stay, and count for nothing.
 void delete_old_checkpoints(const std::string& run_dir,
                             int64_t saved_step,
                             const Retention& retention);
@@ -51,6 +67,8 @@ void delete_old_checkpoints(const std::string& run_dir,
 // Makes the folder of checkpoints if it is not there. Throws std::runtime_error if none could be
 // saved there: better now than after the first hours.
 void require_writable_checkpoints(const std::string& run_dir);
+// Throws std::runtime_error if the disk has less than 1.05 times these bytes free.
+void require_space_for_checkpoint(const std::string& run_dir, uint64_t bytes);
 
 // The weights that a path given by a user means: a run's newest checkpoint, or the path itself (a
 // checkpoint folder or a weight file). Throws std::runtime_error if a run holds no checkpoint.

@@ -105,7 +105,8 @@ void resolve_sizes(RunConfig& config) {
     return;
   }
   // Once there is a checkpoint the file that the run began with is not needed, and may be gone.
-  if (const auto checkpoint = newest_checkpoint(config.train.run_dir)) {
+  const auto checkpoint = newest_whole_checkpoint(config.train.run_dir, Scrutiny::kSizes).path;
+  if (checkpoint) {
     confirm_sizes(config, read_saved_run(*checkpoint).config.model, *checkpoint);
   } else {
     const std::string path = find_model(*config.init.from);

@@ -19,7 +19,7 @@
 
 #include "data/atomic_file.h"
 #include "data/tokenizer_registry.h"
-#include "model/formats/safetensors.h"
+#include "model/formats/format_registry.h"
 #include "train/config_value.h"
 #include "train/evaluate.h"
 #include "train/generate_text.h"
@@ -115,8 +115,13 @@ void check_same_corpus(const BinidxFile& corpus,
         "; name the corpus that the run began with, or begin a new run with init.from = that "
         "checkpoint");
   }
-  require_tokenizer_of(
-      read_safetensors((std::filesystem::path(checkpoint) / "model.safetensors").string()), corpus);
+  require_tokenizer_of(read_weights(checkpoint), corpus);
+}
+
+void say_saved(const std::optional<std::string>& path, RunLog& log) {
+  if (path) {
+    log.say("saved " + *path);
+  }
 }
 
 // A validation or a sample may take minutes, and a scheduler that asks to stop does not wait.
@@ -179,19 +184,42 @@ Trainer::Trainer(const RunConfig& config,
     require_writable_checkpoints(config_.train.run_dir);
   }
   start(before_step);
+  if (purpose == Purpose::kTrain && is_first()) {
+    saver_ = std::make_unique<CheckpointSaver>(
+        CheckpointSettings{.config = config_,
+                           .tokenizer_identity = tokenizer_identity_,
+                           .retention = {.newest = config_.train.keep_checkpoints,
+                                         .every_steps = config_.train.keep_every_steps}});
+  }
+}
+
+// The first process looks, and tells the others: a checkpoint is read whole.
+std::optional<std::string> Trainer::choose_checkpoint(std::optional<int64_t> before_step) {
+  std::optional<std::string> chosen;
+  if (is_first()) {
+    const auto [checkpoint, refused] =
+        newest_whole_checkpoint(config_.train.run_dir, Scrutiny::kContents, before_step);
+    for (const std::string& damage : refused) {
+      spdlog::warn("{}; this checkpoint is not whole, an older one is taken", damage);
+    }
+    chosen = checkpoint;
+  }
+  if (communicator_ != nullptr) {
+    const std::string path =
+        communicator_->text_of_first(chosen.value_or(""), "the choice of a checkpoint");
+    chosen = path.empty() ? std::nullopt : std::optional(path);
+  }
+  return chosen;
 }
 
 void Trainer::start(std::optional<int64_t> before_step) {
-  auto checkpoint = newest_checkpoint(config_.train.run_dir, before_step);
   if (placement_.world_size > 1) {
     communicator_ = std::make_unique<Communicator>(
         placement_,
         device_,
         std::chrono::milliseconds(std::llround(1000 * config_.distributed.timeout_s)));
-    const std::string chosen =
-        communicator_->text_of_first(checkpoint.value_or(""), "the choice of a checkpoint");
-    checkpoint = chosen.empty() ? std::nullopt : std::optional(chosen);
   }
+  const std::optional<std::string> checkpoint = choose_checkpoint(before_step);
   if (checkpoint) {
     const SavedRun saved = read_saved_run(*checkpoint);
     check_matches_checkpoint(config_,
@@ -364,6 +392,9 @@ std::string Trainer::where_not_finite(const StepResult& result, bool is_newest) 
 }
 
 std::string Trainer::how_to_go_on() const {
+  if (saver_) {
+    saver_->settle();
+  }
   const auto newest = newest_checkpoint(config_.train.run_dir);
   // The schedule and clipping of a run that has a checkpoint cannot be changed.
   return (newest ? "The newest checkpoint is " + *newest + "; a new run with init.from = that and"
@@ -441,6 +472,9 @@ RunEnd Trainer::run_steps() {
   std::optional<LaunchedStep> waiting;
   while (!ended) {
     std::optional<LaunchedStep> launched = launch_step();
+    if (log != nullptr) {
+      say_saved(saver_->take_saved(), *log);
+    }
     state_.elapsed_s = elapsed_before_s_ + now_seconds() - started_s_;
     if (waiting) {
       log_step(*waiting, meter, log);
@@ -464,6 +498,7 @@ RunEnd Trainer::run_steps() {
     save(log);
   }
   if (log != nullptr) {
+    say_saved(saver_->wait(), *log);
     log->say(config_.train.run_dir + ": ended at step " + std::to_string(state_.step) + ": " +
              ended->reason);
   }
@@ -689,19 +724,11 @@ void Trainer::save(RunLog* log) {
   require_finite_weights();
   saved_step_ = state_.step;
   saved_s_ = now_seconds();
-  if (log == nullptr) {
-    return;
+  if (log != nullptr) {
+    say_saved(saver_->wait(), *log);
+    saver_->start(*optimizer_, state_);
+    saved_s_ = now_seconds();
   }
-  const TrainConfig& train = config_.train;
-  const std::string path =
-      save_checkpoint(train.run_dir,
-                      config_,
-                      tokenizer_identity_,
-                      *optimizer_,
-                      state_,
-                      {.newest = train.keep_checkpoints, .every_steps = train.keep_every_steps});
-  saved_s_ = now_seconds();
-  log->say("saved " + path);
 }
 
 }  // namespace rwkv

@@ -12,6 +12,7 @@
 #include "data/tokenizer.h"
 #include "model/rwkv_model.h"
 #include "train/checkpoint.h"
+#include "train/checkpoint_saver.h"
 #include "train/device.h"
 #include "train/distributed/communicator.h"
 #include "train/distributed/placement.h"
@@ -80,6 +81,7 @@ class Trainer {
     int64_t rows = 0;
   };
   void start(std::optional<int64_t> before_step);
+  std::optional<std::string> choose_checkpoint(std::optional<int64_t> before_step);
   void write_start(RunLog& log) const;
   bool is_first() const { return placement_.rank == 0; }
   int64_t first_share() const;  // of the step's sequences, this process's first
@@ -118,6 +120,7 @@ class Trainer {
   void write_sample(const StepRecord& record, RunLog& log);
   // Throws std::runtime_error if the last update left a weight that is not finite.
   void require_finite_weights() const;
+  // Begins to save, once the save before is done.
   void save(RunLog* log);
 
   RunConfig config_;
@@ -136,8 +139,9 @@ class Trainer {
   std::unique_ptr<StepRunner> runner_;
   TrainerState state_;
   std::unique_ptr<BatchLoader> loader_;
-  int64_t started_step_ = 0;  // updates done before this start
-  double started_s_ = 0;      // steady clock, and state_.elapsed_s, at the start
+  std::unique_ptr<CheckpointSaver> saver_;  // of the first process; null in a replay
+  int64_t started_step_ = 0;                // updates done before this start
+  double started_s_ = 0;                    // steady clock, and state_.elapsed_s, at the start
   double elapsed_before_s_ = 0;
   struct Agreement {
     int stop_signal = 0;
@@ -145,7 +149,7 @@ class Trainer {
     bool save_due = false;
   };
   Agreement agreed_;    // of several processes
-  double saved_s_ = 0;  // steady clock at the last save
+  double saved_s_ = 0;  // steady clock when the last save began
   int64_t saved_step_ = -1;
   double flops_per_token_ = 0;
   double matrix_flops_per_s_ = 0;  // of this machine

@@ -6,6 +6,7 @@
 
 #include "data/mapped_file.h"
 #include "model/formats/checks.h"
+#include "model/formats/piece_files.h"
 #include "model/formats/pth.h"
 #include "model/formats/safetensors.h"
 
@@ -39,7 +40,9 @@ constexpr WeightFormat kFormats[] = {
      .other_ending = ".st",
      .recognises = is_safetensors,
      .read = read_safetensors,
-     .write = write_safetensors},
+     .write = [](const std::string& path,
+                 std::span<const TensorToWrite> tensors,
+                 const Metadata& metadata) { write_safetensors(path, tensors, metadata); }},
 };
 
 // What people give in place of weights, by its first bytes.
@@ -114,6 +117,9 @@ WeightFile read_weights(const std::string& path) {
   std::string file_path = path;
   if (std::filesystem::is_directory(path)) {
     file_path = (std::filesystem::path(path) / "model.safetensors").string();
+    if (has_piece_files(path, "model")) {
+      return PieceFiles(path, "model").joined();
+    }
     if (!std::filesystem::exists(file_path)) {
       throw std::runtime_error(path +
                                ": is a folder without model.safetensors, expected a checkpoint; "

@@ -10,7 +10,7 @@
 namespace rwkv {
 
 // Opens a file of any known format, told by its content and not its name, or a checkpoint directory
-// (a folder that holds model.safetensors).
+// (a folder that holds model.safetensors, or the files of several processes: piece_files.h).
 // Throws std::runtime_error naming the path, what was found and what was expected.
 WeightFile read_weights(const std::string& path);
 

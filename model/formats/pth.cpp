@@ -287,7 +287,7 @@ WeightFile read_pth(const std::string& path) {
 }
 
 void verify_checksums(const WeightFile& file) {
-  if (!starts_like_zip(file.mapping->bytes())) {
+  if (file.mapping == nullptr || !starts_like_zip(file.mapping->bytes())) {
     return;
   }
   const ZipArchive archive(file.mapping->bytes(), file.path);

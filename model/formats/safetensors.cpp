@@ -11,6 +11,7 @@
 #include <nlohmann/json.hpp>
 
 #include "data/atomic_file.h"
+#include "data/content_hash.h"
 #include "model/formats/checks.h"
 
 namespace rwkv {
@@ -20,6 +21,7 @@ using Json = nlohmann::json;
 
 constexpr uint64_t kLengthBytes = 8;
 constexpr uint64_t kMaxHeaderBytes = 100'000'000;
+constexpr size_t kPieceBytes = size_t{1} << 18;
 constexpr std::string_view kMetadataKey = "__metadata__";
 // As kMaxTensors: an entry takes more memory than it has bytes in the file.
 constexpr size_t kMaxMetadata = size_t{1} << 16;
@@ -333,19 +335,31 @@ WeightFile read_safetensors(const std::string& path) {
   return file;
 }
 
-void write_safetensors(const std::string& path,
-                       std::span<const TensorToWrite> tensors,
-                       const std::map<std::string, std::string>& metadata) {
+WrittenFile write_safetensors(const std::string& path,
+                              std::span<const TensorToWrite> tensors,
+                              const std::map<std::string, std::string>& metadata) {
   check_tensors_to_write(tensors, path);
   const std::string header = header_text(tensors, metadata, path);
   const uint64_t length = header.size();
   AtomicFile file(path);
-  file.write(std::as_bytes(std::span(&length, 1)));
-  file.write(header);
+  ContentHasher hasher;
+  const auto write = [&](std::span<const std::byte> bytes) {
+    // Piece by piece, so that what is hashed is in the cache when it is copied.
+    while (!bytes.empty()) {
+      const auto piece = bytes.first(std::min(bytes.size(), kPieceBytes));
+      hasher.add(piece);
+      file.write(piece);
+      bytes = bytes.subspan(piece.size());
+    }
+  };
+  write(std::as_bytes(std::span(&length, 1)));
+  write(std::as_bytes(std::span(header)));
   for (const TensorToWrite& tensor : tensors) {
-    file.write(tensor.data);
+    write(tensor.data);
   }
+  const WrittenFile written{.bytes = file.size(), .checksum = hasher.hash()};
   file.commit();
+  return written;
 }
 
 }  // namespace rwkv

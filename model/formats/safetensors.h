@@ -10,6 +10,7 @@
 // Source: huggingface/safetensors, README.md "Format".
 #pragma once
 
+#include <cstdint>
 #include <map>
 #include <span>
 #include <string>
@@ -24,9 +25,15 @@ bool is_safetensors(std::span<const std::byte> file);
 // file, broken JSON, duplicate names, offsets outside the file, a range that does not fit dtype and
 // shape, holes, overlap, a dtype we have no use for.
 WeightFile read_safetensors(const std::string& path);
+
+// What was written, known without reading it back.
+struct WrittenFile {
+  uint64_t bytes = 0;
+  std::string checksum;  // content_hash() of the file
+};
 // Throws std::invalid_argument for a name that occurs twice or data that does not fit its shape.
-void write_safetensors(const std::string& path,
-                       std::span<const TensorToWrite> tensors,
-                       const std::map<std::string, std::string>& metadata);
+WrittenFile write_safetensors(const std::string& path,
+                              std::span<const TensorToWrite> tensors,
+                              const std::map<std::string, std::string>& metadata);
 
 }  // namespace rwkv

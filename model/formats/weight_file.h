@@ -40,13 +40,15 @@ struct StoredTensor {
   void copy_to(std::span<std::byte> out) const;
 };
 
-// A file opened for reading; owns the mapping that the tensors point into.
+// A file opened for reading, or several that hold one model between them; owns what the tensors
+// point into.
 struct WeightFile {
-  std::string path;
-  std::string format;                           // "pth", "pth (legacy)", "safetensors"
-  std::vector<StoredTensor> tensors;            // in file order, names unique
-  std::map<std::string, std::string> metadata;  // safetensors' __metadata__; empty for .pth
-  std::shared_ptr<const MappedFile> mapping;
+  std::string path;                                     // of several files: of their folder
+  std::string format;                                   // "pth", "pth (legacy)", "safetensors"
+  std::vector<StoredTensor> tensors;                    // in file order, names unique
+  std::map<std::string, std::string> metadata;          // safetensors' __metadata__; empty for .pth
+  std::shared_ptr<const MappedFile> mapping;            // null if there are several files
+  std::vector<std::shared_ptr<const void>> parts = {};  // of several files: what holds the tensors
 
   // Null if there is none of that name.
   const StoredTensor* find(std::string_view name) const;

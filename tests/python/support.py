@@ -190,3 +190,18 @@ def checkpoints(run_dir):
     """Names in the folder of checkpoints, in order."""
     folder = pathlib.Path(run_dir, "checkpoints")
     return sorted(os.listdir(folder)) if folder.is_dir() else []
+
+
+def forget_manifest(checkpoint):
+    """Makes a checkpoint one of a program that wrote no manifests: what is in it is believed."""
+    checkpoint = pathlib.Path(checkpoint)
+    (checkpoint / "manifest.json").unlink()
+    trainer = json.loads((checkpoint / "trainer.json").read_text(encoding="utf-8"))
+    del trainer["processes"]
+    (checkpoint / "trainer.json").write_text(json.dumps(trainer), encoding="utf-8")
+
+
+def flip_bit(path, at=-2):
+    content = bytearray(path.read_bytes())
+    content[at] ^= 0x10
+    path.write_bytes(content)

@@ -443,7 +443,8 @@ class Checkpoints(BadInput):
         rookery("train", "--config", "run.toml", "--set", "schedule.kind=constant", cwd=self.folder)
 
     def test_that_lack_a_file(self):
-        for name in ("model.safetensors", "optimizer.safetensors", "trainer.json", "config.toml"):
+        for name in ("model.safetensors", "optimizer.safetensors", "trainer.json", "config.toml",
+                     "manifest.json"):
             with self.subTest(name):
                 path = self.path(f"{self.CHECKPOINT}/{name}")
                 content = path.read_bytes()
@@ -451,27 +452,38 @@ class Checkpoints(BadInput):
                 self.resume(FAILED, f"{self.CHECKPOINT}", name)
                 path.write_bytes(content)
 
+    def refuse_damaged(self, name, contents, *words):
+        content = self.path(f"{self.CHECKPOINT}/{name}").read_bytes()
+        for wrong in contents:
+            with self.subTest((name, wrong[:80])):
+                self.write(f"{self.CHECKPOINT}/{name}", wrong)
+                self.resume(FAILED, f"{self.CHECKPOINT}/{name}", *words)
+        self.write(f"{self.CHECKPOINT}/{name}", content)
+
     def test_that_are_damaged(self):
-        name = f"{self.CHECKPOINT}/trainer.json"
-        content = self.path(name).read_bytes()
-        for wrong in (b"", b"{", b"[]", b"{}", b'{"step": "2", "samples": 1, "tokens": 1}',
-                      b'{"step": -2, "samples": 16, "tokens": 512}', b'{"\xff\x1b[2J":'):
-            with self.subTest(wrong):
-                self.write(name, wrong)
-                self.resume(FAILED, name)
-        self.write(name, content)
-        for name in ("model.safetensors", "optimizer.safetensors"):
-            with self.subTest(name):
-                path = self.path(f"{self.CHECKPOINT}/{name}")
-                content = path.read_bytes()
-                path.write_bytes(content[:-4])
-                self.resume(FAILED, f"{self.CHECKPOINT}/{name}", "cut short")
-                path.write_bytes(content)
+        trainers = (b"", b"{", b"[]", b"{}", b'{"step": "2", "samples": 1, "tokens": 1}',
+                    b'{"step": -2, "samples": 16, "tokens": 512}', b'{"\xff\x1b[2J":')
+        manifests = (b"", b"{", b"[]", b"{}", b'{"\xff\x1b[2J":',
+                     b'{"step": 2, "processes": 1, "rookery": "", "files": [1]}',
+                     b'{"step": 2, "processes": 1, "rookery": "", "files": '
+                     b'[{"name": "/etc/passwd", "bytes": 1, "xxh3_128": ""}]}')
+        self.refuse_damaged("trainer.json", trainers)
+        self.refuse_damaged("manifest.json", manifests)
+        weights = {name: self.path(f"{self.CHECKPOINT}/{name}").read_bytes()[:-4]
+                   for name in ("model.safetensors", "optimizer.safetensors")}
+        for name, content in weights.items():
+            self.refuse_damaged(name, [content], "cut short")
+        # Nothing but the readers stands between these and a run.
+        support.forget_manifest(self.path(self.CHECKPOINT))
+        self.refuse_damaged("trainer.json", trainers)
+        for name, content in weights.items():
+            self.refuse_damaged(name, [content], "cut short")
 
     def test_whose_optimizer_is_another_models(self):
         tensors = support.read_safetensors(self.path(f"{self.CHECKPOINT}/optimizer.safetensors"))
         del tensors["v.emb.weight"]
         support.write_safetensors(self.path(f"{self.CHECKPOINT}/optimizer.safetensors"), tensors)
+        support.forget_manifest(self.path(self.CHECKPOINT))
         self.resume(FAILED, "optimizer.safetensors: v.emb.weight is missing", "not of this model")
 
     def test_that_are_not_there_yet(self):

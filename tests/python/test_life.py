@@ -199,6 +199,9 @@ class Stops(Life):
         self.assertEqual(self.train().returncode, 0, "a dead run holds no lock")
 
 
+WEIGHTS = ("model.safetensors", "optimizer.safetensors")
+
+
 class Keeps(Life):
     def test_the_newest_checkpoints_and_every_so_many_for_good(self):
         run = self.configure(total_steps=23, save_every_steps=2, keep_checkpoints=2,
@@ -219,9 +222,9 @@ class Keeps(Life):
         stray = run / "checkpoints/step_00999999"
         stray.mkdir()
         done = self.train("run", "--set", "train.total_minutes=5")
-        self.assertEqual(done.returncode, 1)
-        self.assertIn("step_00999999/config.toml: cannot be opened", support.error_message(done.stderr))
-        self.assertIn("delete the checkpoint to go on", support.error_message(done.stderr))
+        self.assertEqual(done.returncode, 0)
+        self.assertIn("step_00999999/config.toml: is missing; this checkpoint is not whole",
+                      done.stderr.decode())
         stray.rmdir()
 
         longer = self.configure("longer", keep_checkpoints=1, **LONG)
@@ -231,16 +234,31 @@ class Keeps(Life):
         process.communicate(timeout=DEADLINE_S)
         self.assertEqual(len(support.checkpoints(longer)), 2, "the stray one and the one just saved")
 
-    def test_a_checkpoint_that_lost_a_file_is_named_with_what_to_do(self):
+    def test_a_checkpoint_that_lost_a_file_is_named_and_made_again(self):
         run = self.configure(total_steps=6, save_every_steps=3)
         self.assertEqual(self.train().returncode, 0)
-        for name in ("model.safetensors", "optimizer.safetensors", "trainer.json", "config.toml"):
-            path = run / "checkpoints/step_00000006" / name
-            path.rename(self.folder / name)
-            message = support.error_message(self.train().stderr)
-            self.assertIn(f"step_00000006/{name}: cannot be opened", message)
-            self.assertIn("delete the checkpoint to go on from the one before", message)
-            (self.folder / name).rename(path)
+        newest = run / "checkpoints/step_00000006"
+        before = {name: (newest / name).read_bytes() for name in WEIGHTS}
+        for name in (*WEIGHTS, "trainer.json", "config.toml", "manifest.json"):
+            (newest / name).unlink()
+            done = self.train()
+            self.assertEqual(done.returncode, 0)
+            self.assertIn(f"step_00000006/{name}: is missing", done.stderr.decode())
+            self.assertIn("going on from run/checkpoints/step_00000003", done.stderr.decode())
+            self.assertEqual({name: (newest / name).read_bytes() for name in WEIGHTS}, before)
+
+    def test_without_a_whole_checkpoint_it_does_not_begin_anew(self):
+        run = self.configure(total_steps=6, save_every_steps=3)
+        self.assertEqual(self.train().returncode, 0)
+        for step in (3, 6):
+            support.flip_bit(run / f"checkpoints/step_0000000{step}/model.safetensors")
+        before = support.listing(run)
+        done = self.train()
+        self.assertEqual(done.returncode, 1)
+        self.assertRegex(support.error_message(done.stderr),
+                         "step_00000006/model.safetensors: checksum .*none of the 2 checkpoints is "
+                         "whole in run/checkpoints.*or delete that folder")
+        self.assertEqual(support.listing(run), before)
 
     def test_a_renamed_checkpoint_is_named(self):
         run = self.configure(total_steps=6, save_every_steps=3)

@@ -98,6 +98,16 @@ class Resume(unittest.TestCase):
             self.assertGreater(min(row.pop("elapsed_s") for row in progress), 0)
             self.assertEqual(progress[0], progress[1])
 
+    def assert_whole(self, run):
+        """Every checkpoint that has its name has its files."""
+        for name in support.checkpoints(run):
+            if name.startswith("step_"):
+                folder = run / "checkpoints" / name
+                files = json.loads((folder / "manifest.json").read_text())["files"]
+                self.assertEqual({file["name"]: file["bytes"] for file in files},
+                                 {path.name: path.stat().st_size for path in folder.iterdir()
+                                  if path.name != "manifest.json"})
+
     def kill_at(self, folder, condition):
         process = Process(folder)
         process.wait_until(condition)
@@ -131,6 +141,7 @@ class Resume(unittest.TestCase):
         run = killed / "run"
         for step in (4, 8, 8, 12):
             self.kill_at(killed, lambda s=step: is_saving(run) and lines_written(run) >= s)
+            self.assert_whole(run)
         rookery("train", "--config", "run.toml", cwd=killed)
         self.assert_same_run(whole, killed)
 
@@ -151,15 +162,36 @@ class Resume(unittest.TestCase):
         self.assertIn("run: nothing to do after step 5: train.total_steps = 5 is reached", done.stderr.decode())
         self.assertEqual(support.listing(whole), before)
 
+    def test_a_damaged_checkpoint_is_passed_over_and_it_ends_the_same(self):
+        whole, killed = self.make_run(total_steps=60, save_every_steps=10)
+        run = killed / "run"
+        self.kill_at(killed, lambda: "step_00000030" in support.checkpoints(run) and
+                     "step_00000020" in support.checkpoints(run))
+        left = [name for name in support.checkpoints(run) if name.startswith("step_")]
+        for file in ("model.safetensors", "optimizer.safetensors", "trainer.json", "config.toml"):
+            with self.subTest(file):
+                support.flip_bit(run / "checkpoints" / left[-1] / file, 20)
+                done = support.run("train", "--config", "run.toml", "--set",
+                                   f"train.total_steps={1 + int(left[-1][5:])}", cwd=killed)
+                self.assertEqual(done.returncode, 2, "another total is refused, but only then")
+                log = done.stderr.decode()
+                self.assertRegex(log, rf"{left[-1]}/{file}: checksum \w{{32}}, but manifest.json "
+                                      r"lists \w{32}.*an older one is taken")
+                support.flip_bit(run / "checkpoints" / left[-1] / file, 20)
+        support.flip_bit(run / "checkpoints" / left[-1] / "model.safetensors")
+        done = support.run("train", "--config", "run.toml", cwd=killed)
+        self.assertEqual(done.returncode, 0, done.stderr.decode())
+        self.assertEqual(done.stderr.decode().count("an older one is taken"), 1)
+        self.assertIn(f"going on from run/checkpoints/{left[-2]}", done.stderr.decode())
+        self.assert_same_run(whole, killed)
+
     def test_a_checkpoint_that_was_touched_gives_another_run(self):
         # That the comparisons above can fail: one bit of one moment.
         whole, killed = self.make_run(total_steps=60, save_every_steps=30)
         run = killed / "run"
         self.kill_at(killed, lambda: "step_00000030" in support.checkpoints(run))
-        path = run / "checkpoints/step_00000030/optimizer.safetensors"
-        content = bytearray(path.read_bytes())
-        content[-2] ^= 0x10
-        path.write_bytes(content)
+        support.flip_bit(run / "checkpoints/step_00000030/optimizer.safetensors")
+        support.forget_manifest(run / "checkpoints/step_00000030")
         rookery("train", "--config", "run.toml", cwd=killed)
         with self.assertRaises(AssertionError):
             self.assert_same_run(whole, killed)
