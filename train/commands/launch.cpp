@@ -9,6 +9,7 @@
 
 #include "train/distributed/launcher.h"
 #include "train/run_config.h"
+#include "train/run_folder.h"
 
 namespace rwkv {
 namespace {
@@ -175,6 +176,11 @@ std::optional<int> launch_command(int argc, char** argv, bool verbose) {
   const auto sets = parsed->count("set") > 0 ? (*parsed)["set"].as<std::vector<std::string>>()
                                              : std::vector<std::string>{};
   plan.run_dir = load_run_config((*parsed)["config"].as<std::string>(), sets).train.run_dir;
+  if (plan.node_rank == 0) {
+    // Rank 0 will hold it. Looked at here, a folder in which others train ends the launcher, and is
+    // no failure of a rank to start again after.
+    const RunLock free_now(plan.run_dir);
+  }
   // Not by its name: the program that runs, though a build may have put another in its place.
   plan.program = "/proc/self/exe";
   plan.arguments = arguments_of_rank(*parsed, verbose);

@@ -17,8 +17,9 @@ inline constexpr const char* kTrainExample =
 // Launches ranks if options of the launcher are among those given, and returns the exit code of the
 // launcher; nothing if there are none, and the command is one rank. Each rank is this program with
 // the options that are not the launcher's, and --verbose if `verbose`. Throws std::invalid_argument
-// for options that do not go together or are out of range, and whatever load_run_config throws: a
-// wrong configuration is reported once, and not by each rank.
+// for options that do not go together or are out of range, and whatever load_run_config and RunLock
+// throw: a wrong configuration, or a folder in which others train, is reported once and not by
+// ranks.
 std::optional<int> launch_command(int argc, char** argv, bool verbose);
 
 }  // namespace rwkv

@@ -1,11 +1,13 @@
 // The launcher with shell scripts as ranks. It runs in a process of its own, as it does in the
 // program: it is to be stopped and killed, and what it prints to be read.
+#include <algorithm>
 #include <chrono>
 #include <csignal>
 #include <cstdlib>
 #include <filesystem>
 #include <functional>
 #include <iostream>
+#include <sstream>
 #include <string>
 #include <thread>
 #include <vector>
@@ -28,6 +30,7 @@ using testing::AllOf;
 using testing::ContainsRegex;
 using testing::HasSubstr;
 using testing::Not;
+using testing::UnorderedElementsAre;
 
 // Beyond the time any wait takes, by far.
 constexpr auto kDeadline = 30s;
@@ -120,6 +123,14 @@ class Launcher : public testing::Test {
     });
   }
   std::string text(const std::string& name) { return test::read_file(folder_.path(name)); }
+  std::vector<std::string> lines_of(const std::string& name) {
+    std::vector<std::string> lines;
+    std::istringstream stream(text(name));
+    for (std::string line; std::getline(stream, line);) {
+      lines.push_back(line);
+    }
+    return lines;
+  }
   std::string restarts() { return text("restarts"); }
   // The log and what ranks wrote to stderr: the log's own sink writes to stdout in tests.
   std::string said() { return text("out") + text("err"); }
@@ -163,12 +174,12 @@ TEST_F(Launcher, FindsAPortForRanksOfOneMachine) {
 }
 
 TEST_F(Launcher, PrintsLinesWithTheRank) {
-  EXPECT_EQ(run(plan("if [ $RANK = 1 ]; then while [ ! -e $DIR/done ]; do sleep 0.01; done; fi\n"
-                     "echo out $RANK; echo err $RANK >&2; printf 'no end %s' $RANK; echo > "
-                     "$DIR/done")),
-            0);
-  EXPECT_EQ(text("out"), "out 0\nno end 0\n[1] out 1\n[1] no end 1\n");
-  EXPECT_EQ(text("err"), "[0] err 0\n[1] err 1\n");
+  EXPECT_EQ(run(plan("echo out $RANK; echo err $RANK >&2; printf 'no end %s' $RANK")), 0);
+  // Of ranks at the same time, in whatever order.
+  EXPECT_THAT(lines_of("out"),
+              UnorderedElementsAre("out 0", "no end 0", "[1] out 1", "[1] no end 1"));
+  EXPECT_THAT(lines_of("err"), UnorderedElementsAre("[0] err 0", "[1] err 1"));
+  EXPECT_TRUE(text("out").ends_with('\n'));
 }
 
 TEST_F(Launcher, PrintsEmptyAndLongLines) {
@@ -186,13 +197,9 @@ TEST_F(Launcher, KeepsLinesOfRanksApart) {
   EXPECT_EQ(
       run(plan("i=0; while [ $i -lt 300 ]; do printf $RANK; echo $RANK$RANK; i=$((i+1)); done")),
       0);
-  size_t zeros = 0;
-  size_t ones = 0;
-  std::istringstream lines(text("out"));
-  for (std::string line; std::getline(lines, line);) {
-    zeros += line == "000";
-    ones += line == "[1] 111";
-  }
+  const std::vector<std::string> lines = lines_of("out");
+  const auto zeros = std::count(lines.begin(), lines.end(), "000");
+  const auto ones = std::count(lines.begin(), lines.end(), "[1] 111");
   EXPECT_EQ(zeros, 300);
   EXPECT_EQ(ones, 300);
 }
@@ -343,7 +350,10 @@ TEST_F(Launcher, OnceKilledLeavesNoRanks) {
 }
 
 TEST_F(Launcher, LeavesNothingThatARankStarted) {
-  EXPECT_EQ(run(plan("sleep 60 & echo $! > $DIR/child$RANK; exit $((RANK * 3))")), 3);
+  EXPECT_EQ(run(plan("sleep 60 & echo $! > $DIR/child$RANK\n"
+                     "while [ ! -s $DIR/child$((1 - RANK)) ]; do sleep 0.01; done\n"
+                     "exit $((RANK * 3))")),
+            3);
   EXPECT_TRUE(all_gone({"child0", "child1"}));
 }
 
@@ -403,7 +413,8 @@ TEST_F(Launcher, DoesNotRestartAWrongConfiguration) {
 
 TEST_F(Launcher, DoesNotRestartAfterASignalThatComesWhileRanksEnd) {
   LaunchPlan failing = plan(
-      "if [ $RANK = 1 ]; then exit 1; fi; trap 'echo > $DIR/ending' TERM; "
+      "if [ $RANK = 1 ]; then while [ ! -e $DIR/ready ]; do sleep 0.01; done; exit 1; fi\n"
+      "trap 'echo > $DIR/ending' TERM; echo > $DIR/ready\n"
       "while [ ! -e $DIR/go ]; do sleep 0.01; done");
   failing.max_restarts = 3;
   start(failing);
