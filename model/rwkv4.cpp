@@ -1,13 +1,13 @@
 #include "model/rwkv4.h"
 
 #include <cmath>
-#include <stdexcept>
 
 #include <ATen/ATen.h>
 
 #include "model/ops/gated_residual.h"
 #include "model/ops/relu_squared.h"
 #include "model/ops/wkv4.h"
+#include "model/version_shapes.h"
 
 namespace rwkv {
 namespace {
@@ -15,21 +15,6 @@ namespace {
 // Parameters [1, 1, C] as rows.
 at::Tensor rows_of(at::TensorList mixes) {
   return at::cat(mixes).flatten(1);
-}
-
-// ---- Sizes --------------------------------------------------------------------------------------
-
-void resolve(ModelConfig& config) {
-  if (config.dim_att == 0) {
-    config.dim_att = config.n_embd;
-  }
-  if (config.dim_ffn == 0) {
-    config.dim_ffn = 4 * config.n_embd;
-  }
-  if (config.head_size != 0) {
-    throw std::invalid_argument("model.head_size = " + std::to_string(config.head_size) +
-                                ": rwkv4 has no heads; leave the key out");
-  }
 }
 
 at::Tensor initial_wkv(const ModelConfig& config,
@@ -204,7 +189,7 @@ at::Tensor Rwkv4ChannelMix::forward(const at::Tensor& residual_BTC,
 ModelVersion rwkv4_version() {
   return {
       .name = "rwkv4",
-      .resolve = &resolve,
+      .resolve = &resolve_rwkv4,
       .recognises = &is_rwkv4,
       .config_of = &rwkv4_config_of,
       .make_time_mix = [](const ModelConfig& config, int64_t) -> std::shared_ptr<TimeMix> {

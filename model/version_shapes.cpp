@@ -1,7 +1,12 @@
 #include "model/version_shapes.h"
 
+#include <algorithm>
+#include <functional>
+#include <numeric>
 #include <stdexcept>
 #include <string_view>
+
+#include <fnmatch.h>
 
 #include "model/formats/checks.h"
 
@@ -74,6 +79,16 @@ TensorShapes shapes_of(const WeightFile& file) {
   return shapes;
 }
 
+int64_t num_elements(const std::vector<int64_t>& shape) {
+  return std::accumulate(shape.begin(), shape.end(), int64_t{1}, std::multiplies<>());
+}
+
+bool matches_any(const std::vector<std::string>& patterns, const std::string& name) {
+  return std::any_of(patterns.begin(), patterns.end(), [&](const std::string& pattern) {
+    return fnmatch(pattern.c_str(), name.c_str(), 0) == 0;
+  });
+}
+
 bool is_rwkv4(const TensorShapes& shapes) {
   return shapes.contains("blocks.0.att.time_first") && shapes.contains("blocks.0.att.time_mix_k") &&
          !shapes.contains("blocks.0.att.ln_x.weight");
@@ -101,6 +116,53 @@ ModelConfig rwkv4_config_of(const TensorShapes& shapes) {
     require_shape(shapes, block + ".ffn.key.weight", {config.dim_ffn, config.n_embd});
   }
   return config;
+}
+
+void resolve_rwkv4(ModelConfig& config) {
+  if (config.dim_att == 0) {
+    config.dim_att = config.n_embd;
+  }
+  if (config.dim_ffn == 0) {
+    config.dim_ffn = 4 * config.n_embd;
+  }
+  if (config.head_size != 0) {
+    throw std::invalid_argument("model.head_size = " + std::to_string(config.head_size) +
+                                ": rwkv4 has no heads; leave the key out");
+  }
+}
+
+TensorShapes rwkv4_shapes(const ModelConfig& config) {
+  const int64_t C = config.n_embd, A = config.dim_att, F = config.dim_ffn, V = config.vocab_size;
+  TensorShapes shapes{{"emb.weight", {V, C}}, {"head.weight", {V, C}}};
+  const auto add_norm = [&](const std::string& name) {
+    shapes[name + ".weight"] = {C};
+    shapes[name + ".bias"] = {C};
+  };
+  add_norm("ln_out");
+  add_norm("blocks.0.ln0");
+  for (int64_t layer = 0; layer < config.n_layer; ++layer) {
+    const std::string block = "blocks." + std::to_string(layer) + ".";
+    add_norm(block + "ln1");
+    add_norm(block + "ln2");
+    for (const char* name : {"att.time_decay", "att.time_first"}) {
+      shapes[block + name] = {A};
+    }
+    for (const char* name : {"att.time_mix_k",
+                             "att.time_mix_v",
+                             "att.time_mix_r",
+                             "ffn.time_mix_k",
+                             "ffn.time_mix_r"}) {
+      shapes[block + name] = {1, 1, C};
+    }
+    for (const char* name : {"att.key.weight", "att.value.weight", "att.receptance.weight"}) {
+      shapes[block + name] = {A, C};
+    }
+    shapes[block + "att.output.weight"] = {C, A};
+    shapes[block + "ffn.key.weight"] = {F, C};
+    shapes[block + "ffn.receptance.weight"] = {C, C};
+    shapes[block + "ffn.value.weight"] = {C, F};
+  }
+  return shapes;
 }
 
 std::optional<ModelConfig> describe_shapes(const TensorShapes& shapes) {

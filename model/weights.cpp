@@ -5,9 +5,8 @@
 
 #include <ATen/ATen.h>
 
-#include <fnmatch.h>
-
 #include "model/formats/format_registry.h"
+#include "model/version_shapes.h"
 
 namespace rwkv {
 namespace {
@@ -132,12 +131,6 @@ std::vector<TensorToWrite> to_write(const NamedTensors& tensors) {
                                         tensor.nbytes())});
   }
   return result;
-}
-
-bool matches_any(const std::vector<std::string>& patterns, const std::string& name) {
-  return std::any_of(patterns.begin(), patterns.end(), [&](const std::string& pattern) {
-    return fnmatch(pattern.c_str(), name.c_str(), 0) == 0;
-  });
 }
 
 LoadReport load_weights(RwkvModel& model, const WeightFile& file, const LoadRules& rules) {

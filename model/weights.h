@@ -25,10 +25,6 @@ at::Tensor to_tensor(const StoredTensor& stored);
 // Descriptions of CPU tensors for a writer; they must stay alive and be contiguous.
 std::vector<TensorToWrite> to_write(const NamedTensors& tensors);
 
-// Whether a tensor's name matches one of the patterns, which are those of file names: * any
-// characters, ? one, [a-z] one of a set.
-bool matches_any(const std::vector<std::string>& patterns, const std::string& name);
-
 // What load_weights() may accept beside exactly the model's tensors. With no value given: nothing.
 struct LoadRules {
   std::vector<std::string> may_be_missing = {};     // patterns; such parameters keep their values

@@ -355,6 +355,17 @@ std::string changed_model(const test::TempFolder& folder,
   return path;
 }
 
+TEST(Rwkv4Shapes, AreThoseOfTheModelsParameters) {
+  // Sizes of which none stands in for another.
+  const ModelConfig config{
+      .n_layer = 3, .n_embd = 32, .dim_att = 48, .dim_ffn = 80, .vocab_size = 77, .ctx_len = 8};
+  TensorShapes expected;
+  for (const auto& item : RwkvModel(config)->named_parameters()) {
+    expected[item.key()] = item.value().sizes().vec();
+  }
+  EXPECT_EQ(rwkv4_shapes(config), expected);
+}
+
 TEST(OpenModel, NamesTheTensorThatDoesNotFit) {
   const test::TempFolder folder;
   const auto text =
