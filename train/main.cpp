@@ -32,6 +32,7 @@ constexpr Command kCommands[] = {
     {"convert", "between .pth and .safetensors", &rwkv::convert_command},
     {"inspect", "what is in a model, run, corpus or tokenizer", &rwkv::inspect_command},
     {"report", "a page with a run's curves, or comparing runs", &rwkv::report_command},
+    {"plan", "the memory and speed of a run, before there is one", &rwkv::plan_command},
     {"doctor", "can this machine train, and how well", &rwkv::doctor_command},
 };
 

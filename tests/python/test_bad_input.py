@@ -127,6 +127,9 @@ class CommandLine(BadInput):
         self.refuses(f"{generate} --seed x", USAGE, "x", "--help")
         self.refuses("eval --model run --data bytes --ctx-len 0", USAGE,
                      "--ctx-len", "1 or more")
+        self.refuses("bench step --micro-batches 0", USAGE, "--micro-batches 0", "1 or more")
+        self.refuses("bench step --micro-batches 2 --explain", USAGE,
+                     "--micro-batches 2 --explain", "leave either out")
         train = "tokenizer train --input text.txt --output a.model"
         self.refuses(f"{train} --vocab-size 256", USAGE, "vocab_size = 256", "expected 300 ..")
         self.refuses(f"{train} --vocab-size 5000", USAGE, "vocab_size = 5000", "too large",

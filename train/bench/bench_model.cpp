@@ -14,6 +14,7 @@
 #include "train/machine.h"
 #include "train/machine_rates.h"
 #include "train/optimizer.h"
+#include "train/plan.h"
 #include "train/step_runner.h"
 
 namespace rwkv {
@@ -56,23 +57,33 @@ double optimizer_bytes(double parameters, at::ScalarType dtype) {
   return parameters * (7 * sizeof(float) + (dtype == at::kBFloat16 ? element_size(dtype) : 0));
 }
 
-// Weights, gradients and moments, and what backward reads again (not the transients: what an op
-// needs while it runs, and the gradients of activations): x, three mixed inputs, k, v, r and
-// the gated wkv, for every 16 tokens a state in fp32; the sum with attention, two mixed inputs, r,
-// its partner and dim_ffn wide the hidden row; then ln_out's input and the gradients of its output
-// and of the head.
-double formula_bytes(RwkvModel model, const StepShape& shape, at::ScalarType dtype) {
-  const ModelConfig& config = model->config();
-  const double states = static_cast<double>(model->num_parameters()) *
-                        (4 * sizeof(float) + (dtype == at::kBFloat16 ? element_size(dtype) : 0));
-  const int64_t per_layer = 9 * config.n_embd + 4 * config.dim_att + config.dim_ffn;
-  const double tokens = static_cast<double>(shape.batch_size * config.ctx_len);
-  const double activations = tokens * element_size(dtype) *
-                             static_cast<double>(config.n_layer * per_layer + 2 * config.n_embd);
-  const double carries =
-      tokens / 16 * 3 * sizeof(float) * static_cast<double>(config.n_layer * config.dim_att);
-  const double head = element_size(dtype) * static_cast<double>(config.vocab_size * config.n_embd);
-  return states + activations + carries + head;
+TrainDtype train_dtype(at::ScalarType dtype) {
+  return dtype == at::kBFloat16 ? TrainDtype::kBf16 : TrainDtype::kFp32;
+}
+
+RecomputeChoice choice_of(Recompute recompute) {
+  switch (recompute) {
+    case Recompute::kNone:
+      return RecomputeChoice::kNone;
+    case Recompute::kMixes:
+      return RecomputeChoice::kMixes;
+    case Recompute::kBlocks:
+      return RecomputeChoice::kBlocks;
+  }
+  return RecomputeChoice::kNone;
+}
+
+MemoryPlan plan_of(RwkvModel model,
+                   const StepShape& shape,
+                   at::ScalarType dtype,
+                   const BenchSettings& settings) {
+  return plan_memory(
+      {.model = model->config(),
+       .micro_batch_size = shape.batch_size,
+       .micro_batches = settings.micro_batches,
+       .dtype = train_dtype(dtype),
+       .recompute = choice_of(settings.recompute),
+       .device = settings.runtime == nullptr ? PlanDevice::kCpu : PlanDevice::kCuda});
 }
 
 // Matrices are not the author's: of those many are zero, which could make a product quicker than it
@@ -103,7 +114,9 @@ std::vector<BenchRow> explain_step(RwkvModel model,
   // As the head is padded there (model/ops/head_loss.h).
   const int64_t vocab_multiple = device.is_cuda() ? 64 : 1;
   const std::vector<StepOpCost> costs =
-      step_model({.model = model->config(), .batch_size = shape.batch_size}, dtype, vocab_multiple);
+      step_model({.model = model->config(), .batch_size = shape.batch_size},
+                 train_dtype(dtype),
+                 vocab_multiple);
   std::vector<double> total_ms;
   std::vector<std::vector<double>> op_ms(kNumStepOps);
   for (int64_t i = 0; i < repeats; ++i) {
@@ -150,11 +163,13 @@ std::vector<BenchRow> explain_step(RwkvModel model,
   return rows;
 }
 
-std::string step_name(const StepShape& shape, at::ScalarType dtype, Recompute recompute) {
-  const std::string name = "step " + describe(shape.model, dtype) + " B" +
-                           std::to_string(shape.batch_size) + " T" +
-                           std::to_string(shape.model.ctx_len);
-  switch (recompute) {
+std::string step_name(const StepShape& shape, at::ScalarType dtype, const BenchSettings& settings) {
+  std::string name = "step " + describe(shape.model, dtype) + " B" +
+                     std::to_string(shape.batch_size) + " T" + std::to_string(shape.model.ctx_len);
+  if (settings.micro_batches > 1) {
+    name += " x " + std::to_string(settings.micro_batches);
+  }
+  switch (settings.recompute) {
     case Recompute::kNone:
       return name;
     case Recompute::kMixes:
@@ -192,14 +207,18 @@ BenchRow bench_step_on(ops::DeviceRuntime& runtime,
   RwkvModel model = random_model(shape.model);
   move_to_device(model, {.device = runtime.device(), .runtime = &runtime});
   model->set_recompute(settings.recompute);
-  Optimizer optimizer(model, {}, dtype, {.split_masters = true, .bf16_gradient = true});
+  Optimizer optimizer(
+      model, {}, dtype, {.split_masters = true, .bf16_gradient = settings.micro_batches == 1});
   const at::Tensor tokens_BT =
       at::randint(shape.model.vocab_size, {shape.batch_size, shape.model.ctx_len}, at::kLong);
-  StepRunner runner(model, optimizer, &runtime, {.l2wrap = kL2Wrap});
+  StepRunner runner(
+      model, optimizer, &runtime, {.micro_batches = settings.micro_batches, .l2wrap = kL2Wrap});
   PendingNumbers before;
   const auto step = [&] {
     runner.begin_step();
-    runner.add_micro_batch(tokens_BT, tokens_BT);
+    for (int64_t i = 0; i < settings.micro_batches; ++i) {
+      runner.add_micro_batch(tokens_BT, tokens_BT);
+    }
     PendingNumbers numbers = runner.finish_step(kLr);
     before.wait();
     before = std::move(numbers);
@@ -208,16 +227,18 @@ BenchRow bench_step_on(ops::DeviceRuntime& runtime,
   constexpr int64_t kWarmUp = 3;
   const Spread ms = time_repeated(kWarmUp, settings.repeats, step);
   before.wait();
-  const auto tokens = static_cast<double>(tokens_BT.numel());
+  const auto tokens = static_cast<double>(tokens_BT.numel() * settings.micro_batches);
   const ops::DeviceMemory memory = runtime.memory();
-  BenchRow row{.what = step_name(shape, dtype, settings.recompute),
-               .ms = ms,
-               .figures = {{"tokens_per_s", tokens / ms.median * 1000},
-                           {"floor_ms", step_floor_s(model, tokens, dtype, rates) * 1000},
-                           {"peak_mb", static_cast<double>(memory.peak_tensor_bytes) / 1e6},
-                           {"reserved_mb", static_cast<double>(memory.peak_reserved_bytes) / 1e6}},
-               .conditions = {{"matmul_gflops_per_s", rates.flops_per_s / 1e9},
-                              {"update_gb_per_s", rates.bytes_per_s / 1e9}}};
+  BenchRow row{
+      .what = step_name(shape, dtype, settings),
+      .ms = ms,
+      .figures = {{"tokens_per_s", tokens / ms.median * 1000},
+                  {"floor_ms", step_floor_s(model, tokens, dtype, rates) * 1000},
+                  {"peak_mb", static_cast<double>(memory.peak_tensor_bytes) / 1e6},
+                  {"reserved_mb", static_cast<double>(memory.peak_reserved_bytes) / 1e6},
+                  {"formula_mb", plan_of(model, shape, dtype, settings).tensor_bytes() / 1e6}},
+      .conditions = {{"matmul_gflops_per_s", rates.flops_per_s / 1e9},
+                     {"update_gb_per_s", rates.bytes_per_s / 1e9}}};
   trace_steps(settings, runtime.device(), [&] {
     for (int64_t i = 0; i < kTracedSteps; ++i) {
       step();
@@ -262,14 +283,18 @@ BenchRow bench_step(const StepShape& shape,
     optimizer.zero_gradient();
     at::Tensor loss;
     optimizer.set_lr(kLr);
-    forward_ms.push_back(milliseconds_of([&] {
-      loss =
-          model->loss(tokens_BT, tokens_BT, model->initial_state(shape.batch_size), kL2Wrap).loss;
-    }));
-    backward_ms.push_back(milliseconds_of([&] {
-      loss.backward();
-      optimizer.accumulate_gradient();
-    }));
+    forward_ms.push_back(0);
+    backward_ms.push_back(0);
+    for (int64_t i = 0; i < settings.micro_batches; ++i) {
+      forward_ms.back() += milliseconds_of([&] {
+        loss =
+            model->loss(tokens_BT, tokens_BT, model->initial_state(shape.batch_size), kL2Wrap).loss;
+      });
+      backward_ms.back() += milliseconds_of([&] {
+        loss.backward();
+        optimizer.accumulate_gradient();
+      });
+    }
     rest_ms.push_back(milliseconds_of([&] { optimizer.update(loss); }));
   };
   constexpr int64_t kWarmUp = 2;
@@ -282,8 +307,8 @@ BenchRow bench_step(const StepShape& shape,
   // After the peak was read: they allocate, too.
   const StepRates rates{.flops_per_s = matmul_flops_per_s(dtype),
                         .bytes_per_s = update_bytes_per_s()};
-  const auto tokens = static_cast<double>(tokens_BT.numel());
-  BenchRow row{.what = step_name(shape, dtype, settings.recompute),
+  const auto tokens = static_cast<double>(tokens_BT.numel() * settings.micro_batches);
+  BenchRow row{.what = step_name(shape, dtype, settings),
                .ms = ms,
                .figures = {{"tokens_per_s", tokens / ms.median * 1000},
                            {"floor_ms", step_floor_s(model, tokens, dtype, rates) * 1000},
@@ -291,7 +316,7 @@ BenchRow bench_step(const StepShape& shape,
                            {"backward_ms", median_of_timed(backward_ms)},
                            {"rest_ms", median_of_timed(rest_ms)},
                            {"peak_mb", peak_bytes / 1e6},
-                           {"formula_mb", formula_bytes(model, shape, dtype) / 1e6}},
+                           {"formula_mb", plan_of(model, shape, dtype, settings).total() / 1e6}},
                .conditions = {{"threads", at::get_num_threads()},
                               {"matmul_gflops_per_s", rates.flops_per_s / 1e9},
                               {"update_gb_per_s", rates.bytes_per_s / 1e9}}};

@@ -20,6 +20,7 @@ struct BenchSettings {
   int64_t repeats = 10;
   ops::DeviceRuntime* runtime = nullptr;  // of the device; null is the CPU
   Recompute recompute = Recompute::kNone;
+  int64_t micro_batches = 1;  // of a step, each of the shape's batch
   // Where to write a timeline of three steps more, of a step's benchmark; empty for none.
   std::string trace = {};
 };
@@ -30,8 +31,7 @@ struct BenchSettings {
 //   update rate), forward_ms (the head's gradients with it: model/ops/head_loss.h), backward_ms,
 //   rest_ms (medians),
 //   peak_mb of memory above what the process held before the model, without the code of libraries,
-//   and formula_mb: weights, gradients, moments and the activations that backward needs, but not
-//   the transients, what an op or the backward pass needs for a moment.
+//   and formula_mb: what a plan says beforehand (train/plan.h).
 // With kByOp the row has parts, from as many steps more, which a clock at each op slows down a
 // little: a row for each kind of op, one for ops of no such kind, and "explained", the whole step
 // beside the sum of floors. Figures of a part:
@@ -39,7 +39,8 @@ struct BenchSettings {
 //   (train/bench/step_model.h, at the matmul and the update rate), x_floor (times as long as it).
 // Tensors that stay in a cache may go under their floor.
 // On another device than the CPU the step is the one that the trainer records, whose parts are not
-// timed apart, and memory is that of tensors: peak_mb, and reserved_mb with what lies between them.
+// timed apart, and memory is that of tensors, planned and found: peak_mb, and reserved_mb with what
+// lies between them. kByOp takes one micro-batch.
 BenchRow bench_step(const StepShape& shape,
                     at::ScalarType dtype,
                     const BenchSettings& settings,

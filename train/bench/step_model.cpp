@@ -1,8 +1,9 @@
 #include "train/bench/step_model.h"
 
 #include <algorithm>
+#include <stdexcept>
 
-#include <c10/util/Exception.h>
+#include "model/version_shapes.h"
 
 namespace rwkv {
 namespace {
@@ -28,16 +29,6 @@ StepOpCost products(
   return cost;
 }
 
-double num_parameters(const ModelConfig& model) {
-  const int64_t C = model.n_embd, A = model.dim_att, F = model.dim_ffn;
-  // ln1 and ln2; time_decay and time_first; three mixes and two.
-  const int64_t vectors = 4 * C + 2 * A + 3 * C + 2 * C;
-  const int64_t matrices = 4 * A * C + 2 * F * C + C * C;
-  // ln0 and ln_out; embedding and head.
-  return static_cast<double>(model.n_layer * (vectors + matrices) + 4 * C +
-                             2 * model.vocab_size * C);
-}
-
 }  // namespace
 
 std::string_view name_of(StepOp op) {
@@ -60,13 +51,13 @@ std::string_view name_of(StepOp op) {
 }
 
 std::vector<StepOpCost> step_model(const StepShape& shape,
-                                   at::ScalarType dtype,
+                                   TrainDtype dtype,
                                    int64_t vocab_multiple) {
   const ModelConfig& model = shape.model;
-  TORCH_CHECK(model.version == "rwkv4",
-              "step_model: model.version is ",
-              model.version,
-              ", expected rwkv4; its ops are not in the model of a step");
+  if (model.version != "rwkv4") {
+    throw std::invalid_argument("step_model: model.version is " + model.version +
+                                ", expected rwkv4; its ops are not in the model of a step");
+  }
   const int64_t L = model.n_layer;
   const auto layers = static_cast<double>(L);
   const auto C = static_cast<double>(model.n_embd);
@@ -75,14 +66,15 @@ std::vector<StepOpCost> step_model(const StepShape& shape,
   const auto V = static_cast<double>(model.vocab_size);
   const auto V_padded = static_cast<double>((model.vocab_size + vocab_multiple - 1) /
                                             vocab_multiple * vocab_multiple);
-  const auto size = static_cast<double>(c10::elementSize(dtype));
+  const auto size = dtype == TrainDtype::kBf16 ? 2.0 : 4.0;
   const auto tokens = static_cast<double>(shape.batch_size * model.ctx_len);
   const double plane = size * tokens * C;  // an activation [B, T, C]
-  const double parameters = num_parameters(model);
+  const TensorShapes shapes = rwkv4_shapes(model);
+  double parameters = 0;
+  for (const auto& [name, tensor] : shapes) {
+    parameters += static_cast<double>(num_elements(tensor));
+  }
   constexpr double kFloat = sizeof(float);
-  // ln1, ln2, and four of att (r, k, v, output), three of ffn; what is 1-D: ln1 and ln2 with bias,
-  // two of decay, five mixes; then emb, head, ln0 and ln_out with bias.
-  const int64_t parameter_tensors = L * (7 + 4 + 2 + 5) + 6;
   return {
       // A row for each token, read and written, beside its id; backward reads rows and writes the
       // whole table, most of it zeros.
@@ -118,7 +110,7 @@ std::vector<StepOpCost> step_model(const StepShape& shape,
       {.op = StepOp::kCrossEntropy, .calls = 1, .flops = 0, .bytes = 2 * size * tokens * V_padded},
       // From backward's gradient into the flat fp32 one.
       {.op = StepOp::kGradientSum,
-       .calls = parameter_tensors,
+       .calls = static_cast<int64_t>(shapes.size()),
        .flops = 0,
        .bytes = parameters * (size + kFloat)},
       {.op = StepOp::kGlobalNorm, .calls = 1, .flops = 0, .bytes = parameters * kFloat},
@@ -127,7 +119,7 @@ std::vector<StepOpCost> step_model(const StepShape& shape,
       {.op = StepOp::kAdamw,
        .calls = 1,
        .flops = 0,
-       .bytes = parameters * ((1 + 2 * 3) * kFloat + (dtype == at::kBFloat16 ? size : 0))},
+       .bytes = parameters * ((1 + 2 * 3) * kFloat + (dtype == TrainDtype::kBf16 ? size : 0))},
   };
 }
 

@@ -1,5 +1,6 @@
 // Where the time of a training step goes, from its shape alone: what each kind of op computes and
-// moves, forward and backward, and the time that this takes at the rates of a machine.
+// moves, forward and backward, and the time that this takes at the rates of a machine. No Torch
+// here: a step is planned (train/plan_time.h) where there is none.
 #pragma once
 
 #include <array>
@@ -7,9 +8,8 @@
 #include <string_view>
 #include <vector>
 
-#include <ATen/core/ScalarType.h>
-
 #include "model/model_config.h"
+#include "train/run_config.h"
 
 namespace rwkv {
 
@@ -50,12 +50,12 @@ struct StepOpCost {
 };
 
 // A row for each kind but kOther, of a step of one micro-batch with its logits in one chunk.
-// `shape.model` is resolved: RwkvModel's config(). `dtype` is that of weights and activations,
-// at::kFloat or at::kBFloat16; master weights, moments and the summed gradient are fp32. The head
-// is padded to a multiple of `vocab_multiple` (model/ops/head_loss.h). Throws c10::Error for
-// another version than rwkv4.
+// `shape.model` is resolved: RwkvModel's config(). `dtype` is that of weights and activations;
+// master weights, moments and the summed gradient are fp32. The head is padded to a multiple of
+// `vocab_multiple` (model/ops/head_loss.h). Throws std::invalid_argument for another version than
+// rwkv4.
 std::vector<StepOpCost> step_model(const StepShape& shape,
-                                   at::ScalarType dtype,
+                                   TrainDtype dtype,
                                    int64_t vocab_multiple);
 
 // Of a machine, measured (train/machine_rates.h).

@@ -161,6 +161,9 @@ int bench_step_command(int argc, char** argv) {
   cxxopts::OptionAdder add = options.add_options();
   add_shape_options(add);
   add_batch_options(add);
+  add("micro-batches",
+      "of that many sequences each in a step",
+      value<int64_t>()->default_value("1"));
   add("explain", "also the time of each kind of op, beside its floor");
   add("recompute",
       "in backward: none, mixes or blocks (train.recompute)",
@@ -184,12 +187,18 @@ int bench_step_command(int argc, char** argv) {
                                 ": one file holds one step; give one --shape and one --dtype");
   }
   const StepDetail detail = parsed->count("explain") > 0 ? StepDetail::kByOp : StepDetail::kWhole;
+  const int64_t micro_batches = positive(*parsed, "micro-batches");
+  if (detail == StepDetail::kByOp && micro_batches > 1) {
+    throw std::invalid_argument("--micro-batches " + std::to_string(micro_batches) +
+                                " --explain: a step is explained with one; leave either out");
+  }
   report(*parsed, rows_of_all(*parsed, shapes, [&](const StepShape& shape, at::ScalarType dtype) {
     return std::vector{bench_step(shape,
                                   dtype,
                                   {.repeats = repeats,
                                    .runtime = open_device_option(*parsed).runtime,
                                    .recompute = recompute,
+                                   .micro_batches = micro_batches,
                                    .trace = trace},
                                   detail)};
   }));

@@ -24,6 +24,7 @@ int bench_command(int argc, char** argv);
 int report_command(int argc, char** argv);
 int inspect_command(int argc, char** argv);
 int doctor_command(int argc, char** argv);
+int plan_command(int argc, char** argv);
 
 // Parses; prints the help with its example and returns nothing if --help was given. Throws
 // cxxopts' exceptions for unknown options, and std::invalid_argument naming a required one that is

@@ -50,17 +50,17 @@ double total_flops(const std::vector<StepOpCost>& costs) {
 
 // 6 FLOPs a token for each of 13 C^2 weights a layer and of the padded head.
 TEST(StepModel, CountsTheFlopsOfTheMatrixProducts) {
-  EXPECT_NEAR(total_flops(step_model(l12(), at::kBFloat16, 64)) / 1e12, 12.84, 0.005);
-  EXPECT_NEAR(total_flops(step_model(l24(), at::kBFloat16, 64)) / 1e12, 69.4, 0.05);
-  const auto head = cost_of(step_model(l12(), at::kBFloat16, 64), StepOp::kHeadProducts);
+  EXPECT_NEAR(total_flops(step_model(l12(), TrainDtype::kBf16, 64)) / 1e12, 12.84, 0.005);
+  EXPECT_NEAR(total_flops(step_model(l24(), TrainDtype::kBf16, 64)) / 1e12, 69.4, 0.05);
+  const auto head = cost_of(step_model(l12(), TrainDtype::kBf16, 64), StepOp::kHeadProducts);
   EXPECT_EQ(head.flops, 6.0 * 16384 * 50304 * 768);
   EXPECT_EQ(head.calls, 3);
-  const auto unpadded = cost_of(step_model(l12(), at::kBFloat16, 1), StepOp::kHeadProducts);
+  const auto unpadded = cost_of(step_model(l12(), TrainDtype::kBf16, 1), StepOp::kHeadProducts);
   EXPECT_EQ(unpadded.flops, 6.0 * 16384 * 50277 * 768);
 }
 
 TEST(StepModel, CountsBytesOfEachElementOfALayer) {
-  const auto costs = step_model(l12(), at::kBFloat16, 64);
+  const auto costs = step_model(l12(), TrainDtype::kBf16, 64);
   const double elements = 12.0 * 16384 * 768;
   const auto bytes_per_element = [&](StepOp op) { return cost_of(costs, op).bytes / elements; };
   // r, k, v, y; r, k, v, dy, dr, dk, dv.
@@ -74,7 +74,7 @@ TEST(StepModel, CountsBytesOfEachElementOfALayer) {
 }
 
 TEST(StepModel, CountsBytesOfEachLogit) {
-  EXPECT_EQ(cost_of(step_model(l12(), at::kBFloat16, 64), StepOp::kCrossEntropy).bytes,
+  EXPECT_EQ(cost_of(step_model(l12(), TrainDtype::kBf16, 64), StepOp::kCrossEntropy).bytes,
             4.0 * 16384 * 50304);
 }
 
@@ -85,15 +85,15 @@ TEST(StepModel, CountsBytesOfEachParameter) {
   shape.model.dim_ffn = 80;
   RwkvModel model(shape.model);
   const auto parameters = static_cast<double>(model->num_parameters());
-  const auto bytes_per_parameter = [&](at::ScalarType dtype, StepOp op) {
+  const auto bytes_per_parameter = [&](TrainDtype dtype, StepOp op) {
     return cost_of(step_model(shape, dtype, 1), op).bytes / parameters;
   };
-  EXPECT_EQ(bytes_per_parameter(at::kFloat, StepOp::kAdamw), 28);
-  EXPECT_EQ(bytes_per_parameter(at::kBFloat16, StepOp::kAdamw), 30);
-  EXPECT_EQ(bytes_per_parameter(at::kBFloat16, StepOp::kGlobalNorm), 4);
-  EXPECT_EQ(bytes_per_parameter(at::kFloat, StepOp::kGradientSum), 8);
-  EXPECT_EQ(bytes_per_parameter(at::kBFloat16, StepOp::kGradientSum), 6);
-  EXPECT_EQ(cost_of(step_model(shape, at::kFloat, 1), StepOp::kGradientSum).calls,
+  EXPECT_EQ(bytes_per_parameter(TrainDtype::kFp32, StepOp::kAdamw), 28);
+  EXPECT_EQ(bytes_per_parameter(TrainDtype::kBf16, StepOp::kAdamw), 30);
+  EXPECT_EQ(bytes_per_parameter(TrainDtype::kBf16, StepOp::kGlobalNorm), 4);
+  EXPECT_EQ(bytes_per_parameter(TrainDtype::kFp32, StepOp::kGradientSum), 8);
+  EXPECT_EQ(bytes_per_parameter(TrainDtype::kBf16, StepOp::kGradientSum), 6);
+  EXPECT_EQ(cost_of(step_model(shape, TrainDtype::kFp32, 1), StepOp::kGradientSum).calls,
             static_cast<int64_t>(model->parameters().size()));
 }
 
@@ -101,7 +101,7 @@ TEST(StepModel, CountsProductsOfUnequalSizes) {
   StepShape shape{.model = model_of(3, 32, 77, 8), .batch_size = 2};
   shape.model.dim_att = 48;
   shape.model.dim_ffn = 80;
-  const auto costs = step_model(shape, at::kFloat, 1);
+  const auto costs = step_model(shape, TrainDtype::kFp32, 1);
   const auto flops_per_token = [&](StepOp op) { return cost_of(costs, op).flops / 16 / 3; };
   EXPECT_EQ(flops_per_token(StepOp::kRkvProducts), 6 * 3 * 32 * 48);
   EXPECT_EQ(flops_per_token(StepOp::kOutputProduct), 6 * 48 * 32);
@@ -112,7 +112,7 @@ TEST(StepModel, CountsProductsOfUnequalSizes) {
 }
 
 TEST(StepModel, HasARowForEachKindInTheirOrder) {
-  const auto costs = step_model(l24(), at::kFloat, 1);
+  const auto costs = step_model(l24(), TrainDtype::kFp32, 1);
   ASSERT_EQ(costs.size(), kNumStepOps - 1);
   for (size_t i = 0; i < costs.size(); ++i) {
     EXPECT_EQ(costs[i].op, static_cast<StepOp>(i));
@@ -123,8 +123,9 @@ TEST(StepModel, HasARowForEachKindInTheirOrder) {
 TEST(StepModel, RefusesAnotherVersion) {
   StepShape shape = l12();
   shape.model.version = "rwkv7";
-  EXPECT_THAT([&] { step_model(shape, at::kFloat, 1); },
-              ThrowsMessage<c10::Error>(HasSubstr("model.version is rwkv7, expected rwkv4")));
+  EXPECT_THAT(
+      [&] { step_model(shape, TrainDtype::kFp32, 1); },
+      ThrowsMessage<std::invalid_argument>(HasSubstr("model.version is rwkv7, expected rwkv4")));
 }
 
 TEST(FloorMs, IsTheLongerOfArithmeticAndBytes) {

@@ -1,0 +1,236 @@
+#include "train/plan.h"
+
+#include <algorithm>
+#include <numeric>
+#include <stdexcept>
+
+#include "model/ops/head_chunks.h"
+#include "model/version_shapes.h"
+
+namespace rwkv {
+namespace {
+
+using ops::ceil_div;
+using ops::round_up;
+
+constexpr double kFloat = sizeof(float);
+
+bool is_half(const StepPlan& plan) {
+  return plan.dtype == TrainDtype::kBf16;
+}
+double element_size(const StepPlan& plan) {
+  return is_half(plan) ? 2 : kFloat;
+}
+bool on_gpu(const StepPlan& plan) {
+  return plan.device == PlanDevice::kCuda;
+}
+
+// A GPU keeps the gradient of a single bf16 backward pass as that leaves it (train/optimizer.h).
+double gradient_element_size(const StepPlan& plan) {
+  return on_gpu(plan) && is_half(plan) && plan.micro_batches == 1 ? 2 : kFloat;
+}
+
+// As train/optimizer.h lays them out. The two vectors of a layer that stay fp32 in a bf16 model are
+// counted as the others, and the space between parameters is not: a ten thousandth of a model.
+void add_states(const StepPlan& plan, MemoryPlan& memory) {
+  const ParameterCount count = count_parameters(plan.model, plan.freeze);
+  const auto all = static_cast<double>(count.all);
+  const auto trained = static_cast<double>(count.trained);
+  const auto parts = static_cast<double>(plan.processes);
+  const double state_parts = plan.zero_stage >= 1 ? parts : 1;
+  memory[MemoryKind::kWeights] = all * element_size(plan);
+  if (is_half(plan)) {
+    // A GPU splits the fp32 master into the bf16 weight and 16 bits more.
+    memory[MemoryKind::kMasters] = all * (on_gpu(plan) ? 2 : kFloat) / state_parts;
+  }
+  memory[MemoryKind::kMoments] = trained * 2 * kFloat / state_parts;
+  const double gradients = trained * gradient_element_size(plan);
+  if (plan.zero_stage >= 2) {
+    const double bucket = std::min(
+        gradients,
+        std::max(kBucketBytes, static_cast<double>(count.largest) * gradient_element_size(plan)));
+    memory[MemoryKind::kGradients] = gradients / parts + bucket;
+  } else {
+    memory[MemoryKind::kGradients] = gradients;
+  }
+}
+
+// Sizes that the activations of one micro-batch are made of, in bytes.
+struct Activations {
+  explicit Activations(const StepPlan& plan) {
+    const ModelConfig& model = plan.model;
+    const auto C = static_cast<double>(model.n_embd);
+    const auto A = static_cast<double>(model.dim_att);
+    const auto F = static_cast<double>(model.dim_ffn);
+    const auto B = static_cast<double>(plan.micro_batch_size);
+    const double tokens = B * static_cast<double>(model.ctx_len);
+    const double size = element_size(plan);
+    plane = tokens * C * size;
+    hidden = tokens * F * size;
+    // x; the mixed inputs of r, k and v; r, k and v and the gated wkv; the sum with attention; the
+    // mixed inputs of r and k; the hidden row; r and its partner.
+    block = 9 * plane + 4 * tokens * A * size + hidden;
+    // Mean and rstd of both norms.
+    const double statistics = 2 * 2 * tokens * kFloat;
+    // States that backward of wkv4 starts from: on the CPU one for every 16 tokens
+    // (model/ops/wkv4_cpu.cpp), on a GPU for every 128 (kWkv4CarryLen in cuda/wkv4_kernel.h).
+    const int64_t carry_len = on_gpu(plan) ? 128 : 16;
+    const double carries =
+        B * static_cast<double>(ceil_div(model.ctx_len, carry_len) + 1) * 3 * A * kFloat;
+    kept_by_ops = statistics + carries;
+    largest_matrix = C * std::max(F, A) * size;
+    states = static_cast<double>(model.n_layer) * 2 * B * (2 * C * size + 3 * A * kFloat);
+  }
+
+  double plane;           // [B, T, C]
+  double hidden;          // [B, T, F]
+  double block;           // what a block keeps
+  double kept_by_ops;     // the same, beside its tensors of B and T
+  double largest_matrix;  // the gradient of a block's
+  double states;          // before and after the batch, of all layers
+};
+
+constexpr double kMixes = 5;  // planes of a block that are mixed inputs
+
+// What all layers, embedding and last norm leave for backward.
+void add_kept(const StepPlan& plan, const Activations& a, MemoryPlan& memory) {
+  const auto L = static_cast<double>(plan.model.n_layer);
+  // What ln_out reads; what ln0 reads is block 0's input.
+  memory[MemoryKind::kActivations] = a.plane;
+  memory[MemoryKind::kBuffers] = a.states + (on_gpu(plan) ? kCublasBytes : 0);
+  if (plan.recompute == RecomputeChoice::kBlocks) {
+    memory[MemoryKind::kActivations] += L * a.plane;
+    return;
+  }
+  const double dropped = plan.recompute == RecomputeChoice::kMixes ? kMixes * a.plane : 0;
+  memory[MemoryKind::kActivations] += L * (a.block - dropped) + a.plane;
+  memory[MemoryKind::kBuffers] += L * a.kept_by_ops;
+}
+
+// What forward of a block has freed again, where only its input is kept, lies in pieces between
+// what is kept. Logits that are larger than all of them come on top, on the CPU as in LibTorch's
+// pool of GPU memory, whose tensors do not show it.
+double holes(const StepPlan& plan, const Activations& a, double logits) {
+  const double freed = a.block - a.plane;
+  return plan.recompute == RecomputeChoice::kBlocks && logits > freed ? freed : 0;
+}
+
+double framework_bytes(const StepPlan& plan) {
+  if (!on_gpu(plan)) {
+    return kCpuFrameworkBytes;
+  }
+  return kPoolBytes + kCudaContextBytes + (plan.processes > 1 ? kNcclBytes : 0);
+}
+
+// model/ops/head_loss.cpp, at its last chunk.
+MemoryPlan in_the_loss(const StepPlan& plan, const Activations& a, MemoryPlan memory) {
+  const ModelConfig& model = plan.model;
+  const auto size = static_cast<int64_t>(element_size(plan));
+  const int64_t rows = plan.micro_batch_size * model.ctx_len;
+  const int64_t columns =
+      on_gpu(plan) ? round_up(model.vocab_size, ops::kCudaMultiple) : model.vocab_size;
+  const int64_t chunk = ops::choose_rows_per_chunk(rows, columns * size);
+  const double logits = static_cast<double>(std::min(chunk, rows) * columns * size);
+  const auto head = static_cast<double>(columns * model.n_embd);
+  memory[MemoryKind::kLogits] = logits;
+  // The norm's output, and its gradient.
+  double buffers = 2 * a.plane;
+  if (columns != model.vocab_size) {
+    buffers += head * element_size(plan);  // the head with rows of zeros
+  }
+  // Its gradient: of several chunks summed in fp32, on the CPU with a product beside the sum.
+  buffers += head * (rows > chunk ? kFloat : element_size(plan));
+  if (rows > chunk && is_half(plan) && !on_gpu(plan)) {
+    buffers += head * element_size(plan);
+  }
+  memory[MemoryKind::kBuffers] += buffers;
+  memory[MemoryKind::kFramework] += holes(plan, a, logits);
+  memory.peak = MemoryPeak::kLoss;
+  return memory;
+}
+
+// In the last block's ChannelMix, before a hidden row's gradient becomes that of its input: the
+// gradients of the block's output, of r, of its partner and of the hidden row, and one matrix's.
+MemoryPlan in_backward(const StepPlan& plan, const Activations& a, MemoryPlan memory) {
+  double buffers = 3 * a.plane + a.hidden + a.largest_matrix;
+  if (plan.recompute == RecomputeChoice::kMixes) {
+    buffers += 2 * a.plane;  // made again
+  } else if (plan.recompute == RecomputeChoice::kBlocks) {
+    // The block's tensors but its input, and its output once more.
+    buffers += a.block + a.kept_by_ops;
+  }
+  // What ln_out read is gone, and so are r and its partner, which are kept or made again above.
+  memory[MemoryKind::kActivations] -= a.plane;
+  memory[MemoryKind::kBuffers] += buffers - 2 * a.plane;
+  memory.peak = MemoryPeak::kBackward;
+  return memory;
+}
+
+}  // namespace
+
+std::string_view name_of(MemoryKind kind) {
+  constexpr std::array<std::string_view, kNumMemoryKinds> kNames{"weights",
+                                                                 "masters",
+                                                                 "gradients",
+                                                                 "moments",
+                                                                 "activations",
+                                                                 "logits",
+                                                                 "buffers",
+                                                                 "framework"};
+  return kNames[static_cast<size_t>(kind)];
+}
+
+double MemoryPlan::total() const {
+  return std::accumulate(bytes.begin(), bytes.end(), 0.0);
+}
+
+double MemoryPlan::tensor_bytes() const {
+  return total() - (*this)[MemoryKind::kFramework];
+}
+
+ParameterCount count_parameters(const ModelConfig& model, const std::vector<std::string>& freeze) {
+  if (model.version != "rwkv4") {
+    throw std::invalid_argument("model.version = \"" + model.version +
+                                "\": memory can be planned for \"rwkv4\" alone");
+  }
+  const TensorShapes shapes = rwkv4_shapes(model);
+  for (const std::string& pattern : freeze) {
+    if (std::ranges::none_of(
+            shapes, [&](const auto& tensor) { return matches_any({pattern}, tensor.first); })) {
+      throw std::invalid_argument("optimizer.freeze: no tensor of the model matches \"" + pattern +
+                                  "\"; they are named as in parameters.txt of a run, such as "
+                                  "blocks.0.att.key.weight");
+    }
+  }
+  ParameterCount count;
+  for (const auto& [name, shape] : shapes) {
+    const int64_t elements = num_elements(shape);
+    count.all += elements;
+    if (!matches_any(freeze, name)) {
+      count.trained += elements;
+      count.largest = std::max(count.largest, elements);
+    }
+  }
+  if (count.trained == 0) {
+    throw std::invalid_argument("optimizer.freeze leaves no tensor to train; freeze fewer");
+  }
+  return count;
+}
+
+double gradient_bytes(const StepPlan& plan) {
+  return static_cast<double>(count_parameters(plan.model, plan.freeze).trained) *
+         gradient_element_size(plan);
+}
+
+MemoryPlan plan_memory(const StepPlan& plan) {
+  MemoryPlan memory;
+  add_states(plan, memory);
+  const Activations activations(plan);
+  add_kept(plan, activations, memory);
+  memory[MemoryKind::kFramework] = framework_bytes(plan);
+  const MemoryPlan loss = in_the_loss(plan, activations, memory);
+  const MemoryPlan backward = in_backward(plan, activations, memory);
+  return loss.total() >= backward.total() ? loss : backward;
+}
+
+}  // namespace rwkv
