@@ -95,8 +95,12 @@ c10::intrusive_ptr<c10d::Store> connect_store(const Placement& placement,
   options.isServer = serves;
   options.waitWorkers = false;
   options.timeout = timeout;
+  // torchrun's store outlives the processes: those that it starts anew must not find the last words
+  // of the ones before.
+  const char* const attempt = std::getenv("TORCHELASTIC_RESTART_COUNT");
   return c10::make_intrusive<c10d::PrefixStore>(
-      "rookery", c10::make_intrusive<c10d::TCPStore>(placement.master_host, options));
+      std::string("rookery/") + (attempt == nullptr ? "0" : attempt),
+      c10::make_intrusive<c10d::TCPStore>(placement.master_host, options));
 }
 
 // ---- Who is there -------------------------------------------------------------------------------
