@@ -403,15 +403,28 @@ RWKV_INLINE void for_each_vector_of(const Line<Element>& line, int64_t sub, cons
 }
 
 template <typename Vector, typename Element>
+constexpr int64_t kLineVectors = kLineChannels<Element> / kLanes<Vector>;
+
+template <typename Vector, typename Element>
+RWKV_INLINE void load_parameters_of(
+    const Line<Element>& line, Parameters<Vector> (&parameters)[kLineVectors<Vector, Element>]) {
+  for_each_vector<Vector>(line.channels, [&](int64_t c, int64_t count) RWKV_INLINE_LAMBDA {
+    parameters[c / kLanes<Vector>] = load_parameters<Vector>(line.w_log + c, line.u + c, count);
+  });
+}
+
+template <typename Vector, typename Element>
 RWKV_INLINE void forward_line(const Line<Element>& line, Element* y) {
   const int64_t stride = line.sizes.dim_att;
+  Parameters<Vector> parameters[kLineVectors<Vector, Element>];
+  load_parameters_of(line, parameters);
   for (int64_t sub = 0; sub < line.sizes.num_subs(); ++sub) {
     for_each_vector_of<Vector>(
         line, sub, [&](const Inputs<Element>& in, int64_t c) RWKV_INLINE_LAMBDA {
-          const auto parameters = load_parameters<Vector>(line.w_log + c, line.u + c, in.count);
           const auto state = load_sums<Vector>(line.carry(sub, c), stride, in.count);
           store_sums(line.carry(sub + 1, c),
-                     forward_sub(in, parameters, state, y + sub * kSubLen * stride + c),
+                     forward_sub(
+                         in, parameters[c / kLanes<Vector>], state, y + sub * kSubLen * stride + c),
                      stride,
                      in.count);
         });
@@ -434,7 +447,9 @@ template <typename Vector, typename Element>
 RWKV_INLINE void backward_line(const Line<Element>& line, const LineGradients<Element>& gradients) {
   const int64_t stride = line.sizes.dim_att;
   const int64_t num_subs = line.sizes.num_subs();
-  Adjoint<Vector> adjoints[kLineChannels<Element> / kLanes<Vector>];
+  Parameters<Vector> all_parameters[kLineVectors<Vector, Element>];
+  load_parameters_of(line, all_parameters);
+  Adjoint<Vector> adjoints[kLineVectors<Vector, Element>];
   // The gradient of the final state is of a and b with the scale of that state.
   for_each_vector<Vector>(line.channels, [&](int64_t c, int64_t count) RWKV_INLINE_LAMBDA {
     Sums<Vector> sums = no_sums<Vector>();
@@ -452,8 +467,8 @@ RWKV_INLINE void backward_line(const Line<Element>& line, const LineGradients<El
           const Outputs<Element> out{.dk = gradients.dk + at,
                                      .dv = gradients.dv + at,
                                      .dr = in.r == nullptr ? nullptr : gradients.dr + at};
-          const auto parameters = load_parameters<Vector>(line.w_log + c, line.u + c, in.count);
           const auto state = load_sums<Vector>(line.carry(sub, c), stride, in.count);
+          const Parameters<Vector>& parameters = all_parameters[c / kLanes<Vector>];
           Adjoint<Vector>& adjoint = adjoints[c / kLanes<Vector>];
           Shared<Vector> shared;
           share_scale(in, parameters, state, shared);
