@@ -27,7 +27,7 @@ constexpr size_t kHugePage = size_t{2} << 20;
 // long stretch is divided with less waste than many short ones. Not a power of two: see below.
 constexpr size_t kStretch = 513 * kHugePage;
 // Tensors whose places differ by a multiple of 256 MiB, walked together as by AdamW, had a third of
-// an EPYC's memory rate (128 MiB: two thirds). Stretches and blocks lie side by side, so none has
+// an EPYC's memory rate (128 MiB: four fifths). Stretches and blocks lie side by side, so none has
 // such a size.
 constexpr size_t kUnluckyDistance = size_t{64} << 20;
 // After that much more of it is in use for the first time, free blocks lose their pages.

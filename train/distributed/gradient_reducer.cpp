@@ -13,44 +13,38 @@ GradientReducer::GradientReducer(Communicator& communicator,
   const std::vector<at::Tensor> gradients = optimizer.gradients();
   const std::vector<GradientPlace> places = optimizer.gradient_places();
   struct Range {
-    size_t store;
-    int64_t begin, end;
-    Bucket bucket;
+    at::Tensor gradient;
+    std::vector<size_t> places;  // that lie in it, rising
   };
   std::vector<Range> ranges;
   for (size_t store = 0; store < gradients.size(); ++store) {
-    const at::Tensor& gradient = gradients[store];
-    const int64_t step = std::max<int64_t>(bucket_bytes / gradient.element_size(), 1);
-    for (int64_t begin = 0; begin < gradient.numel(); begin += step) {
-      const int64_t end = std::min(begin + step, gradient.numel());
-      Bucket bucket;
-      bucket.gradient = gradient.slice(0, begin, end);
-      bucket.first_place = static_cast<int64_t>(places.size());
-      ranges.push_back({store, begin, end, std::move(bucket)});
-    }
-  }
-  for (Range& range : ranges) {
-    for (size_t place = 0; place < places.size(); ++place) {
-      const GradientPlace& at = places[place];
-      if (at.store == range.store && at.begin < range.end && at.end > range.begin) {
-        range.bucket.first_place = std::min(range.bucket.first_place, static_cast<int64_t>(place));
-        ++range.bucket.num_places;
+    const int64_t size = gradients[store].numel();
+    const int64_t step = std::max<int64_t>(bucket_bytes / gradients[store].element_size(), 1);
+    for (int64_t begin = 0; begin < size; begin += step) {
+      const int64_t end = std::min(begin + step, size);
+      Range range{.gradient = gradients[store].slice(0, begin, end), .places = {}};
+      for (size_t place = 0; place < places.size(); ++place) {
+        const GradientPlace& at = places[place];
+        if (at.store == store && at.begin < end && at.end > begin) {
+          range.places.push_back(place);
+        }
       }
+      ranges.push_back(std::move(range));
     }
   }
-  // Parameters are in the model's order, which backward walks from its end.
+  // Parameters are in the model's order, which backward walks from its end: a range is complete
+  // with the first of its own.
   std::stable_sort(ranges.begin(), ranges.end(), [](const Range& x, const Range& y) {
-    return x.bucket.first_place > y.bucket.first_place;
+    return x.places.front() > y.places.front();
   });
   buckets_of_place_.resize(places.size());
-  for (Range& range : ranges) {
-    for (size_t place = 0; place < places.size(); ++place) {
-      const GradientPlace& at = places[place];
-      if (at.store == range.store && at.begin < range.end && at.end > range.begin) {
-        buckets_of_place_[place].push_back(buckets_.size());
-      }
+  for (const Range& range : ranges) {
+    for (const size_t place : range.places) {
+      buckets_of_place_[place].push_back(buckets_.size());
     }
-    buckets_.push_back(std::move(range.bucket));
+    buckets_.push_back({.gradient = range.gradient,
+                        .num_places = static_cast<int64_t>(range.places.size()),
+                        .under_way = nullptr});
   }
   optimizer_.set_gradient_listener([this](size_t place) { note(place); });
 }
