@@ -193,6 +193,19 @@ Trainer::Trainer(const RunConfig& config,
   }
 }
 
+// Runs `work`; what it fails with is told to the other processes, which would wait for this one.
+template <typename Work>
+auto Trainer::announcing(const Work& work) {
+  try {
+    return work();
+  } catch (const std::exception& error) {
+    if (communicator_ != nullptr) {
+      communicator_->announce_failure(error.what());
+    }
+    throw;
+  }
+}
+
 // The first process looks, and tells the others: a checkpoint is read whole.
 std::optional<std::string> Trainer::choose_checkpoint(std::optional<int64_t> before_step) {
   std::optional<std::string> chosen;
@@ -219,6 +232,23 @@ void Trainer::start(std::optional<int64_t> before_step) {
         device_,
         std::chrono::milliseconds(std::llround(1000 * config_.distributed.timeout_s)));
   }
+  announcing([&] { prepare(before_step); });
+}
+
+// The first process makes the weights, and gives them to the others: large orthogonal ones take all
+// its cores for minutes.
+void Trainer::make_initial_weights() {
+  if (is_first()) {
+    set_initial_weights(model_, config_);
+  }
+  if (communicator_ != nullptr) {
+    for (const auto& item : model_->named_parameters()) {
+      communicator_->broadcast(item.value().detach(), 0, "the handing out of initial weights");
+    }
+  }
+}
+
+void Trainer::prepare(std::optional<int64_t> before_step) {
   const std::optional<std::string> checkpoint = choose_checkpoint(before_step);
   if (checkpoint) {
     const SavedRun saved = read_saved_run(*checkpoint);
@@ -230,7 +260,7 @@ void Trainer::start(std::optional<int64_t> before_step) {
     state_ = saved.state;
     saved_step_ = state_.step;
   } else {
-    set_initial_weights(model_, config_);
+    make_initial_weights();
   }
   started_step_ = state_.step;
   freeze_parameters(model_, config_.optimizer.freeze);
@@ -246,7 +276,9 @@ void Trainer::start(std::optional<int64_t> before_step) {
   if (checkpoint) {
     load_optimizer(*checkpoint, state_, *optimizer_);
     check_same_corpus(train_corpus_, state_.corpus, *checkpoint);
-    spdlog::info("going on from {}", *checkpoint);
+    if (is_first()) {
+      spdlog::info("going on from {}", *checkpoint);
+    }
   } else if (before_step) {
     spdlog::info("no checkpoint before step {}: doing all steps before it again", *before_step);
   }
@@ -368,14 +400,20 @@ std::string Trainer::where_not_finite(const StepResult& result, bool is_newest) 
   int64_t first = state_.samples;
   int64_t count = config_.batch_sequences();
   std::string weight, tensor;
+  std::string where = ", on samples ";
   // What a later step has left says nothing of this one.
   if (is_newest) {
     const at::Tensor losses = runner_->losses();
     const std::span all(losses.const_data_ptr<float>(), static_cast<size_t>(losses.numel()));
     const auto bad = std::ranges::find_if(all, [](float loss) { return !std::isfinite(loss); });
     if (bad != all.end()) {
-      count = config_.micro_batch_sequences();
-      first += (bad - all.begin()) * count;
+      // Of this process; others look at their own.
+      const int64_t begin = (bad - all.begin()) * micro_batch_rows();
+      first += first_share() + begin;
+      count = std::min(micro_batch_rows(), share() - begin);
+      if (communicator_ != nullptr) {
+        where = ", on rank " + std::to_string(placement_.rank) + "'s samples ";
+      }
     }
     weight = optimizer_->first_nonfinite_weight();
     tensor = optimizer_->first_nonfinite_gradient();
@@ -386,7 +424,7 @@ std::string Trainer::where_not_finite(const StepResult& result, bool is_newest) 
          (!weight.empty()   ? ", for " + weight + " was not finite before it"
           : !tensor.empty() ? ", first in the gradient of " + tensor
                             : "") +
-         ", on samples " + std::to_string(first) + " to " + std::to_string(first + count - 1) +
+         where + std::to_string(first) + " to " + std::to_string(first + count - 1) +
          "; the update was not made. rookery train with the same options and --replay " + step +
          " finds the op. " + how_to_go_on();
 }
@@ -431,14 +469,7 @@ std::string Trainer::replay() {
 // ---- The run ------------------------------------------------------------------------------------
 
 RunEnd Trainer::run() {
-  try {
-    return run_steps();
-  } catch (const std::exception& error) {
-    if (communicator_ != nullptr) {
-      communicator_->announce_failure(error.what());
-    }
-    throw;
-  }
+  return announcing([this] { return run_steps(); });
 }
 
 RunEnd Trainer::run_steps() {
@@ -459,8 +490,10 @@ RunEnd Trainer::run_steps() {
   }
   RunLog* const log = first_log ? &*first_log : nullptr;
   flops_per_token_ = matrix_flops_per_token(model_);
-  matrix_flops_per_s_ = matmul_flops_per_s(scalar_type(config_.train.dtype), device_.runtime);
   if (log != nullptr) {
+    // Of all processes, as the tokens a second are.
+    matrix_flops_per_s_ = matmul_flops_per_s(scalar_type(config_.train.dtype), device_.runtime) *
+                          static_cast<double>(placement_.world_size);
     write_start(*log);
   }
   started_s_ = saved_s_ = now_seconds();
@@ -525,6 +558,7 @@ void Trainer::write_start(RunLog& log) const {
                                         {"cores", machine.cores},
                                         {"features", machine.features},
                                         {"memory_bytes", machine.memory_bytes},
+                                        {"processes", placement_.world_size},
                                         {"threads", at::get_num_threads()},
                                         {"device", device_name()},
                                         {"matrix_flops_per_s", matrix_flops_per_s_},
@@ -558,8 +592,9 @@ void Trainer::write_start(RunLog& log) const {
                             static_cast<double>(order_.samples_per_epoch())));
   }
   log.say(
-      fmt::format("{}, {} threads; matrix products reach {:.3g} GFLOP/s here, so mfu 100% would be "
-                  "{:.0f} tok/s",
+      fmt::format("{}{}, {} threads; matrix products reach {:.3g} GFLOP/s here, so mfu 100% would "
+                  "be {:.0f} tok/s",
+                  placement_.world_size == 1 ? "" : std::to_string(placement_.world_size) + " x ",
                   device_name(),
                   at::get_num_threads(),
                   matrix_flops_per_s_ / 1e9,
@@ -633,7 +668,7 @@ StepRecord Trainer::record_of(LaunchedStep& launched, ProgressMeter& meter) {
                          .time = wall_clock_seconds()},
                         now_seconds(),
                         loader_->wait_seconds());
-  if (record.tokens_per_s) {
+  if (record.tokens_per_s && matrix_flops_per_s_ > 0) {
     record.mfu = *record.tokens_per_s * flops_per_token_ / matrix_flops_per_s_;
   }
   if (train.total_minutes) {
@@ -684,7 +719,7 @@ std::optional<double> Trainer::validate() {
     return evaluate(model_,
                     *validation_corpus_,
                     {.ctx_len = config_.model.ctx_len,
-                     .batch_size = config_.micro_batch_sequences(),
+                     .batch_size = micro_batch_rows(),
                      .max_tokens = config_.train.validation_tokens,
                      .progress = [](int64_t) { stop_if_asked(); }})
         .loss;

@@ -80,7 +80,11 @@ class Trainer {
     int64_t first = 0;
     int64_t rows = 0;
   };
+  template <typename Work>
+  auto announcing(const Work& work);
   void start(std::optional<int64_t> before_step);
+  void prepare(std::optional<int64_t> before_step);
+  void make_initial_weights();
   std::optional<std::string> choose_checkpoint(std::optional<int64_t> before_step);
   void write_start(RunLog& log) const;
   bool is_first() const { return placement_.rank == 0; }

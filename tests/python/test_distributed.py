@@ -7,6 +7,7 @@ Run by ctest as: test_distributed.py PATH_OF_ROOKERY.
 import json
 import os
 import pathlib
+import re
 import signal
 import socket
 import subprocess
@@ -136,6 +137,17 @@ class SameRun(Run):
                 for loss, expected in zip(resumed, whole, strict=True):
                     self.assertAlmostEqual(loss, expected, delta=1e-5)
 
+    def test_validation_and_mfu_are_of_the_whole_run(self):
+        for count, run in ((1, "one"), (2, "two")):
+            self.train(count, run, "data.validation=corpus", "train.validation_tokens=400")
+        rows = [[json.loads(line) for line in (self.folder / run / "metrics.jsonl")
+                 .read_text(encoding="utf-8").splitlines()] for run in ("one", "two")]
+        self.assertAlmostEqual(*(each[-1]["validation_loss"] for each in rows), delta=1e-5)
+        # Tokens of all processes over the products of all.
+        starts = [json.loads((self.folder / run / "starts.jsonl").read_text(encoding="utf-8"))
+                  for run in ("one", "two")]
+        self.assertEqual([start["processes"] for start in starts], [1, 2])
+
     def test_bf16_and_micro_batches_agree_too(self):
         bf16 = ("train.dtype=bf16", "train.batch_size=9")
         alone = self.train(1, "one", *bf16)
@@ -208,7 +220,14 @@ class Faults(Run):
     def test_a_loss_that_is_not_finite_ends_all_with_its_process(self):
         ranks = Ranks(self.folder, 3, *self.LONG, "schedule.lr_init=1e18", "optimizer.clip_norm=0")
         self.assertEqual(ranks.wait(), [1, 1, 1])
-        self.assertRegex(ranks.text(0), r"step \d+: loss \S*(nan|inf)")
+        # Of the seven samples of a step each process names its own.
+        for rank, (begin, end) in enumerate(((0, 1), (2, 3), (4, 6))):
+            with self.subTest(rank=rank):
+                found = re.search(rf"step (\d+): loss \S*(nan|inf).* on rank {rank}'s samples "
+                                  r"(\d+) to (\d+);", ranks.text(rank))
+                self.assertIsNotNone(found, ranks.text(rank))
+                first = 7 * (int(found[1]) - 1)
+                self.assertEqual((int(found[3]) - first, int(found[4]) - first), (begin, end))
 
 
 class Launcher(Run):

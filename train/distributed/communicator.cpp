@@ -75,14 +75,23 @@ std::string address_towards(const std::string& host, int64_t port) {
   const int socket_fd = socket(found->ai_family, SOCK_DGRAM, 0);
   sockaddr_storage own{};
   socklen_t own_len = sizeof own;
-  char name[NI_MAXHOST] = "127.0.0.1";
-  if (socket_fd >= 0 && connect(socket_fd, found->ai_addr, found->ai_addrlen) == 0 &&
-      getsockname(socket_fd, reinterpret_cast<sockaddr*>(&own), &own_len) == 0) {
-    getnameinfo(
-        reinterpret_cast<sockaddr*>(&own), own_len, name, sizeof name, nullptr, 0, NI_NUMERICHOST);
-  }
+  char name[NI_MAXHOST] = {};
+  const bool has_address =
+      socket_fd >= 0 && connect(socket_fd, found->ai_addr, found->ai_addrlen) == 0 &&
+      getsockname(socket_fd, reinterpret_cast<sockaddr*>(&own), &own_len) == 0 &&
+      getnameinfo(reinterpret_cast<sockaddr*>(&own),
+                  own_len,
+                  name,
+                  sizeof name,
+                  nullptr,
+                  0,
+                  NI_NUMERICHOST) == 0;
   if (socket_fd >= 0) {
     close(socket_fd);
+  }
+  if (!has_address) {
+    throw DistributedError("this machine has no address from which it reaches the master's, " +
+                           host + "; is the network up?");
   }
   return name;
 }
@@ -313,19 +322,23 @@ class Communicator::Impl {
     } catch (const DistributedError&) {
       throw;
     } catch (const std::exception& error) {
-      throw DistributedError(fmt::format("rank {} of {}: the others cannot be reached at {}: {}",
-                                         placement.rank,
-                                         placement.world_size,
-                                         address,
-                                         first_line(error.what())));
+      throw DistributedError(fmt::format(
+          "rank {} of {}: the others cannot be reached at {}: {}; expected rank 0's machine and a "
+          "port that is free there, the same for every rank",
+          placement.rank,
+          placement.world_size,
+          address,
+          first_line(error.what())));
     }
     data_ = gloo_;
     if (device.runtime != nullptr) {
-      device.runtime->make_collectives(c10::make_intrusive<c10d::PrefixStore>("data", store_),
-                                       static_cast<int>(placement.rank),
-                                       static_cast<int>(placement.world_size),
-                                       kOperationTimeouts * timeout,
-                                       data_);
+      guarded("the meeting of the devices", [&] {
+        device.runtime->make_collectives(c10::make_intrusive<c10d::PrefixStore>("data", store_),
+                                         static_cast<int>(placement.rank),
+                                         static_cast<int>(placement.world_size),
+                                         kOperationTimeouts * timeout,
+                                         data_);
+      });
     }
     barrier("the first meeting");
   }
@@ -354,7 +367,7 @@ class Communicator::Impl {
 
   // Runs `work`, whose errors are said in full.
   template <typename Work>
-  auto guarded(const char* what, const Work& work) {
+  auto guarded(const char* what, const Work& work) -> decltype(work()) {
     try {
       return work();
     } catch (const std::exception& error) {
