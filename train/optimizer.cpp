@@ -287,26 +287,6 @@ StepNumbers Optimizer::numbers() const {
   return read_step_numbers(control_.cpu());
 }
 
-NamedTensors Optimizer::master_weights() const {
-  NamedTensors result;
-  for (const Slot& slot : slots_) {
-    result.emplace_back(slot.name, master_of(slot).cpu());
-  }
-  return result;
-}
-
-NamedTensors Optimizer::moments() const {
-  NamedTensors result;
-  for (const Slot& slot : slots_) {
-    if (slot.trained) {
-      const ops::AdamwBuffers& buffers = stores_[slot.store].buffers;
-      result.emplace_back("m." + slot.name, view_of(buffers.m, slot).cpu());
-      result.emplace_back("v." + slot.name, view_of(buffers.v, slot).cpu());
-    }
-  }
-  return result;
-}
-
 void Optimizer::copy_state(CheckpointPieces& state) const {
   const at::NoGradGuard no_grad;
   if (state.weights.empty()) {

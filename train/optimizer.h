@@ -95,12 +95,9 @@ class Optimizer {
   // The same, once the device is there.
   StepNumbers numbers() const;
 
-  // Master weights under the parameters' names, fp32, on the CPU, in the model's order.
-  NamedTensors master_weights() const;
-  // Both moments as "m.<name>" and "v.<name>", of the parameters that are trained, on the CPU.
-  NamedTensors moments() const;
-  // The same, copied into `state`: its buffers are made by the first call and used again by later
-  // ones. 4 bytes for each parameter, and 8 more for each that is trained.
+  // Copies into `state` the master weights of all parameters, in the model's order, and both
+  // moments of those that are trained. Its buffers are made by the first call and used again by
+  // later ones: 4 bytes for each parameter, and 8 more for each that is trained.
   void copy_state(CheckpointPieces& state) const;
   // Continues from saved state: fills masters and moments by name and sets the step count. Throws
   // std::runtime_error naming the file and a tensor that is missing or of another shape.

@@ -8,6 +8,7 @@
 #include <gtest/gtest.h>
 
 #include "model/formats/format_registry.h"
+#include "tests/support/optimizer_state.h"
 #include "tests/support/tensors.h"
 #include "tests/support/test_data.h"
 #include "train/checkpoint.h"
@@ -142,7 +143,7 @@ TEST(Checkpoint, IsTheSameWhateverTheNumberOfProcessesThatWroteIt) {
     EXPECT_EQ(config_of(file).n_embd, kModel.n_embd);
     EXPECT_EQ(config_in(file), settings.config);
     EXPECT_EQ(tokenizer_identity_in(file), "bytes");
-    for (const auto& [name, weight] : trained.optimizer->master_weights()) {
+    for (const auto& [name, weight] : test::master_weights(*trained.optimizer)) {
       EXPECT_TRUE(test::same_bits(to_tensor(*file.find(name)), weight)) << name;
     }
   }

@@ -5,6 +5,7 @@
 #include <gmock/gmock.h>
 #include <gtest/gtest.h>
 
+#include "tests/support/optimizer_state.h"
 #include "tests/support/tensors.h"
 #include "tests/support/test_data.h"
 #include "train/device.h"
@@ -89,7 +90,7 @@ Outcome train(ops::DeviceRuntime* runtime) {
   }
   outcome.losses.push_back(before.wait().loss);
   EXPECT_EQ(runner.losses().mean().item<float>(), static_cast<float>(outcome.losses.back()));
-  for (const auto& [name, weight] : optimizer.master_weights()) {
+  for (const auto& [name, weight] : test::master_weights(optimizer)) {
     outcome.weights.emplace_back(name, weight.clone());
   }
   return outcome;
