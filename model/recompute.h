@@ -7,17 +7,9 @@
 
 #include <ATen/core/Tensor.h>
 
-namespace rwkv {
+#include "model/recompute_mode.h"
 
-// What a model does without between forward and backward; gradients are the same bits with each.
-enum class Recompute {
-  kNone,
-  // The inputs of TimeMix's and ChannelMix's matrices, made again from the residual stream by the
-  // pass that made them: 5 of RWKV-4's 17 tensors of [B, T, C] a layer, for 3 % of the time.
-  kMixes,
-  // All but each block's input: one of 17 stays, and forward runs twice.
-  kBlocks,
-};
+namespace rwkv {
 
 // Gives the memory of `dropped` back, whatever saved them for backward, and has it filled again as
 // soon as backward comes to one of `outputs`, through which every gradient of their users must

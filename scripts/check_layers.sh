@@ -10,8 +10,9 @@
 #   cuda   -> itself, model/ops
 #   tests  -> everything; nothing else includes cuda
 # An include of ours is in quotes and starts at the root of the repository. LibTorch stays out of
-# data, model/formats, model/model_config, model/version_shapes and model/ops/head_chunks, which
-# build without it; spdlog out of data and model, which do not log; toml++, slow to compile, in train/config_file.cpp.
+# data, model/formats, model/model_config, model/recompute_mode, model/version_shapes and
+# model/ops/head_chunks, which build without it; spdlog out of data and model, which do not log;
+# toml++, slow to compile, in train/config_file.cpp.
 # Ends with 0 if all is well, 1 with a line for every include that breaks a rule.
 set -euo pipefail
 
@@ -69,7 +70,7 @@ check_tree() {
           complain("in quotes, it must start at the root of the repository, as in \"data/binidx.h\"")
         }
         if (included ~ /^(torch|ATen|c10|caffe2)\// &&
-            FILENAME ~ /^(data\/|model\/formats\/|model\/(model_config|version_shapes|ops\/head_chunks)\.)/)
+            FILENAME ~ /^(data\/|model\/formats\/|model\/(model_config|recompute_mode|version_shapes|ops\/head_chunks)\.)/)
           complain("this part builds without LibTorch")
         if (starts_with(included, "spdlog/") && FILENAME ~ /^(data|model)\//)
           complain("only train logs")

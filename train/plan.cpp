@@ -98,11 +98,11 @@ void add_kept(const StepPlan& plan, const Activations& a, MemoryPlan& memory) {
   // What ln_out reads; what ln0 reads is block 0's input.
   memory[MemoryKind::kActivations] = a.plane;
   memory[MemoryKind::kBuffers] = a.states + (on_gpu(plan) ? kCublasBytes : 0);
-  if (plan.recompute == RecomputeChoice::kBlocks) {
+  if (plan.recompute == Recompute::kBlocks) {
     memory[MemoryKind::kActivations] += L * a.plane;
     return;
   }
-  const double dropped = plan.recompute == RecomputeChoice::kMixes ? kMixes * a.plane : 0;
+  const double dropped = plan.recompute == Recompute::kMixes ? kMixes * a.plane : 0;
   memory[MemoryKind::kActivations] += L * (a.block - dropped) + a.plane;
   memory[MemoryKind::kBuffers] += L * a.kept_by_ops;
 }
@@ -112,7 +112,7 @@ void add_kept(const StepPlan& plan, const Activations& a, MemoryPlan& memory) {
 // pool of GPU memory, whose tensors do not show it.
 double holes(const StepPlan& plan, const Activations& a, double logits) {
   const double freed = a.block - a.plane;
-  return plan.recompute == RecomputeChoice::kBlocks && logits > freed ? freed : 0;
+  return plan.recompute == Recompute::kBlocks && logits > freed ? freed : 0;
 }
 
 double framework_bytes(const StepPlan& plan) {
@@ -153,9 +153,9 @@ MemoryPlan in_the_loss(const StepPlan& plan, const Activations& a, MemoryPlan me
 // gradients of the block's output, of r, of its partner and of the hidden row, and one matrix's.
 MemoryPlan in_backward(const StepPlan& plan, const Activations& a, MemoryPlan memory) {
   double buffers = 3 * a.plane + a.hidden + a.largest_matrix;
-  if (plan.recompute == RecomputeChoice::kMixes) {
+  if (plan.recompute == Recompute::kMixes) {
     buffers += 2 * a.plane;  // made again
-  } else if (plan.recompute == RecomputeChoice::kBlocks) {
+  } else if (plan.recompute == Recompute::kBlocks) {
     // The block's tensors but its input, and its output once more.
     buffers += a.block + a.kept_by_ops;
   }

@@ -28,7 +28,7 @@ struct StepPlan {
   int64_t micro_batch_size = 1;  // sequences of a process at once, 1 or more
   int64_t micro_batches = 1;     // of a process, in a step
   TrainDtype dtype = TrainDtype::kFp32;
-  RecomputeChoice recompute = RecomputeChoice::kNone;
+  Recompute recompute = Recompute::kNone;
   PlanDevice device = PlanDevice::kCpu;
   int64_t processes = 1;  // that hold the same weights
   // Which states are cut into `processes` parts: 0 none, 1 moments and masters, 2 gradients, too.

@@ -15,20 +15,7 @@ namespace {
 using ops::ceil_div;
 
 constexpr double kGb = 1e9;
-constexpr RecomputeChoice kRecomputes[] = {
-    RecomputeChoice::kNone, RecomputeChoice::kMixes, RecomputeChoice::kBlocks};
-
-std::string_view name_of(RecomputeChoice recompute) {
-  switch (recompute) {
-    case RecomputeChoice::kNone:
-      return "none";
-    case RecomputeChoice::kMixes:
-      return "mixes";
-    case RecomputeChoice::kBlocks:
-      return "blocks";
-  }
-  return "";
-}
+constexpr Recompute kRecomputes[] = {Recompute::kNone, Recompute::kMixes, Recompute::kBlocks};
 
 int64_t sequences_of_a_process(const PlanRequest& request) {
   return ceil_div(request.config.batch_sequences(), request.processes);
@@ -36,7 +23,7 @@ int64_t sequences_of_a_process(const PlanRequest& request) {
 
 PlanChoice choose(const PlanRequest& request,
                   int64_t micro_batch_size,
-                  RecomputeChoice recompute,
+                  Recompute recompute,
                   int64_t zero_stage) {
   const RunConfig& config = request.config;
   PlanChoice choice{
@@ -253,7 +240,7 @@ RunPlan plan_run(const PlanRequest& request) {
     }
   }
   const std::vector<int64_t> sizes = micro_batch_sizes(request);
-  for (const RecomputeChoice recompute : kRecomputes) {
+  for (const Recompute recompute : kRecomputes) {
     for (const int64_t stage : stages_of(request)) {
       for (const int64_t size : sizes) {
         PlanChoice choice = choose(request, size, recompute, stage);

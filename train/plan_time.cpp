@@ -69,13 +69,13 @@ double forward_share(StepOp op) {
 constexpr double kMixesAgain = 7.0 / 20;
 
 // How often it is done, for once without recomputing.
-double times_done(StepOp op, RecomputeChoice recompute) {
+double times_done(StepOp op, Recompute recompute) {
   switch (recompute) {
-    case RecomputeChoice::kNone:
+    case Recompute::kNone:
       return 1;
-    case RecomputeChoice::kMixes:
+    case Recompute::kMixes:
       return op == StepOp::kLayerNormShiftMix ? 1 + kMixesAgain : 1;
-    case RecomputeChoice::kBlocks:
+    case Recompute::kBlocks:
       return 1 + forward_share(op);
   }
   return 1;

@@ -12,6 +12,7 @@
 
 #include "data/sample_order.h"
 #include "model/model_config.h"
+#include "model/recompute_mode.h"
 #include "train/lr_schedule.h"
 
 namespace rwkv {
@@ -45,16 +46,13 @@ struct InitConfig {
 // Of the forward and backward pass; master weights and optimizer moments are fp32 in both.
 enum class TrainDtype { kFp32, kBf16 };
 
-// What backward computes again instead of keeping it: model/recompute.h.
-enum class RecomputeChoice { kNone, kMixes, kBlocks };
-
 struct TrainConfig {
   std::string run_dir;         // required; checkpoints, configuration and metrics go there
   std::string device = "cpu";  // "cpu", "cuda" or "cuda:N"
   bool cuda_graph = true;      // on a GPU: the step is recorded once and replayed
   TrainDtype dtype = TrainDtype::kFp32;
-  RecomputeChoice recompute = RecomputeChoice::kNone;  // the same bits with each
-  int64_t seed = 1;  // of initial weights and sample order; 0 or more
+  Recompute recompute = Recompute::kNone;  // the same bits with each
+  int64_t seed = 1;                        // of initial weights and sample order; 0 or more
   // Sequences a step, or tokens a step (a multiple of model.ctx_len): exactly one is given.
   std::optional<int64_t> batch_size = {};
   std::optional<int64_t> batch_tokens = {};

@@ -71,18 +71,6 @@ at::ScalarType scalar_type(TrainDtype dtype) {
   return dtype == TrainDtype::kBf16 ? at::kBFloat16 : at::kFloat;
 }
 
-Recompute recompute_of(RecomputeChoice choice) {
-  switch (choice) {
-    case RecomputeChoice::kNone:
-      return Recompute::kNone;
-    case RecomputeChoice::kMixes:
-      return Recompute::kMixes;
-    case RecomputeChoice::kBlocks:
-      return Recompute::kBlocks;
-  }
-  return Recompute::kNone;
-}
-
 at::Tensor as_tensor(std::vector<int64_t>& ids, const Batch& batch) {
   return at::from_blob(ids.data(), {batch.rows, batch.ctx_len}, at::kLong);
 }
@@ -265,7 +253,7 @@ void Trainer::prepare(std::optional<int64_t> before_step) {
   started_step_ = state_.step;
   freeze_parameters(model_, config_.optimizer.freeze);
   move_to_device(model_, device_);
-  model_->set_recompute(recompute_of(config_.train.recompute));
+  model_->set_recompute(config_.train.recompute);
   // A GPU's memory is dear; the sum of several gradients keeps fp32.
   const bool on_gpu = device_.runtime != nullptr;
   optimizer_ = std::make_unique<Optimizer>(

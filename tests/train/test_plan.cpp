@@ -27,7 +27,7 @@ struct Measured {
   ModelConfig model;
   int64_t batch_size;
   TrainDtype dtype;
-  RecomputeChoice recompute;
+  Recompute recompute;
   double ms;
   double peak_mb;
 };
@@ -57,7 +57,7 @@ TEST_P(PlanOfAnH100, HasTheTimeThatWasMeasured) {
 }
 
 using enum TrainDtype;
-using enum RecomputeChoice;
+using enum Recompute;
 INSTANTIATE_TEST_SUITE_P(
     Rows,
     PlanOfAnH100,

@@ -61,18 +61,6 @@ TrainDtype train_dtype(at::ScalarType dtype) {
   return dtype == at::kBFloat16 ? TrainDtype::kBf16 : TrainDtype::kFp32;
 }
 
-RecomputeChoice choice_of(Recompute recompute) {
-  switch (recompute) {
-    case Recompute::kNone:
-      return RecomputeChoice::kNone;
-    case Recompute::kMixes:
-      return RecomputeChoice::kMixes;
-    case Recompute::kBlocks:
-      return RecomputeChoice::kBlocks;
-  }
-  return RecomputeChoice::kNone;
-}
-
 MemoryPlan plan_of(RwkvModel model,
                    const StepShape& shape,
                    at::ScalarType dtype,
@@ -82,7 +70,7 @@ MemoryPlan plan_of(RwkvModel model,
        .micro_batch_size = shape.batch_size,
        .micro_batches = settings.micro_batches,
        .dtype = train_dtype(dtype),
-       .recompute = choice_of(settings.recompute),
+       .recompute = settings.recompute,
        .device = settings.runtime == nullptr ? PlanDevice::kCpu : PlanDevice::kCuda});
 }
 
@@ -169,13 +157,8 @@ std::string step_name(const StepShape& shape, at::ScalarType dtype, const BenchS
   if (settings.micro_batches > 1) {
     name += " x " + std::to_string(settings.micro_batches);
   }
-  switch (settings.recompute) {
-    case Recompute::kNone:
-      return name;
-    case Recompute::kMixes:
-      return name + ", mixes recomputed";
-    case Recompute::kBlocks:
-      return name + ", blocks recomputed";
+  if (settings.recompute != Recompute::kNone) {
+    name += ", " + std::string(name_of(settings.recompute)) + " recomputed";
   }
   return name;
 }
