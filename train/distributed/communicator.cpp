@@ -33,6 +33,7 @@ constexpr milliseconds kBeat{500};
 // machine may delay some.
 constexpr milliseconds kSilence = 5 * kBeat;
 constexpr int kOperationTimeouts = 10;
+constexpr milliseconds kNoteInterval{20};
 
 std::vector<uint8_t> bytes_of(const std::string& text) {
   return {text.begin(), text.end()};
@@ -148,12 +149,27 @@ class Presence {
   }
 
   void announce_failure(const std::string& reason) {
+    {
+      const std::lock_guard lock(mutex_);
+      fails_ = true;
+    }
     const std::lock_guard lock(store_mutex_);
     try {
       store_->set(key("failed", placement_.rank), bytes_of(reason));
     } catch (const std::exception&) {
       // Nobody is left to read it.
     }
+  }
+
+  // Whether one of the others is lost, or one of all has said that it fails.
+  bool has_lost() {
+    {
+      const std::lock_guard lock(mutex_);
+      if (fails_ || !failed_.empty()) {
+        return true;
+      }
+    }
+    return !silent_for(timeout_).empty();
   }
 
   // What is known of the others, in a sentence, after something has failed: waits for as long as it
@@ -287,6 +303,7 @@ class Presence {
   std::vector<Heard> heard_;
   std::map<int64_t, std::string> failed_;
   Clock::time_point failure_seen_;
+  bool fails_ = false;  // this process
   bool ending_ = false;
   std::thread talker_;
   std::thread watcher_;
@@ -390,6 +407,12 @@ class Communicator::Impl {
     options.reduceOp = c10d::ReduceOp::MAX;
     return group_of(tensors.front()).allreduce(tensors, options);
   }
+  c10::intrusive_ptr<c10d::Work> reduce_scatter(at::Tensor whole, at::Tensor part) {
+    return group_of(whole)._reduce_scatter_base(part, whole);
+  }
+  c10::intrusive_ptr<c10d::Work> all_gather(at::Tensor part, at::Tensor whole) {
+    return group_of(whole)._allgather_base(whole, part);
+  }
   c10::intrusive_ptr<c10d::Work> broadcast(std::vector<at::Tensor>& tensors, int64_t from) {
     c10d::BroadcastOptions options;
     options.rootRank = from;
@@ -398,6 +421,24 @@ class Communicator::Impl {
   void barrier(const char* what) {
     std::vector<at::Tensor> nothing{at::zeros({1})};
     guarded(what, [&] { sum(nothing)->wait(); });
+  }
+
+  void leave_note(const std::string& name, const std::string& text) {
+    guarded(("the note " + name).c_str(), [&] { store_->set("note/" + name, bytes_of(text)); });
+  }
+  std::string read_note(const std::string& name, const char* what) {
+    return guarded(what, [&] {
+      while (!store_->check({"note/" + name})) {
+        if (presence_->has_lost()) {
+          throw std::runtime_error("nobody has said it");
+        }
+        std::this_thread::sleep_for(kNoteInterval);
+      }
+      return text_of(store_->get("note/" + name));
+    });
+  }
+  void remove_note(const std::string& name) {
+    guarded(("the note " + name).c_str(), [&] { store_->deleteKey("note/" + name); });
   }
 
  private:
@@ -462,12 +503,34 @@ void Communicator::set_activity(const std::string& activity) {
   impl_->set_activity(activity);
 }
 
-std::unique_ptr<PendingCollective> Communicator::begin_sum(const at::Tensor& tensor,
-                                                           const char* what) {
-  std::vector<at::Tensor> tensors{tensor};
-  const auto work = impl_->guarded(what, [&] { return impl_->sum(tensors); });
+template <typename Begin>
+std::unique_ptr<PendingCollective> Communicator::begin(std::vector<at::Tensor> tensors,
+                                                       const char* what,
+                                                       const Begin& begin) {
+  const auto work = impl_->guarded(what, [&] { return begin(tensors); });
   return std::make_unique<PendingWork>(
       std::move(tensors), [this, work, what] { impl_->guarded(what, [&] { work->wait(); }); });
+}
+
+std::unique_ptr<PendingCollective> Communicator::begin_sum(const at::Tensor& tensor,
+                                                           const char* what) {
+  return begin({tensor}, what, [this](auto& tensors) { return impl_->sum(tensors); });
+}
+
+std::unique_ptr<PendingCollective> Communicator::begin_reduce_scatter(const at::Tensor& whole,
+                                                                      const at::Tensor& part,
+                                                                      const char* what) {
+  return begin({whole, part}, what, [this](auto& tensors) {
+    return impl_->reduce_scatter(tensors[0], tensors[1]);
+  });
+}
+
+std::unique_ptr<PendingCollective> Communicator::begin_all_gather(const at::Tensor& part,
+                                                                  const at::Tensor& whole,
+                                                                  const char* what) {
+  return begin({part, whole}, what, [this](auto& tensors) {
+    return impl_->all_gather(tensors[0], tensors[1]);
+  });
 }
 
 void Communicator::sum(const at::Tensor& tensor, const char* what) {
@@ -495,6 +558,14 @@ int64_t Communicator::any_bits(int64_t bits, const char* what) {
   return all;
 }
 
+std::vector<int64_t> Communicator::values_of_all(int64_t value, const char* what) {
+  const at::Tensor values = at::zeros({world_size()}, at::kLong);
+  auto* const each = values.mutable_data_ptr<int64_t>();
+  each[rank()] = value;
+  sum(values, what);
+  return {each, each + world_size()};
+}
+
 std::string Communicator::text_of_first(const std::string& text, const char* what) {
   const at::Tensor length = at::full({1}, static_cast<int64_t>(text.size()), at::kLong);
   broadcast(length, 0, what);
@@ -509,6 +580,16 @@ std::string Communicator::text_of_first(const std::string& text, const char* wha
 
 void Communicator::barrier(const char* what) {
   impl_->barrier(what);
+}
+
+void Communicator::leave_note(const std::string& name, const std::string& text) {
+  impl_->leave_note(name, text);
+}
+std::string Communicator::read_note(const std::string& name, const char* what) {
+  return impl_->read_note(name, what);
+}
+void Communicator::remove_note(const std::string& name) {
+  impl_->remove_note(name);
 }
 
 void Communicator::announce_failure(const std::string& reason) {

@@ -16,6 +16,7 @@
 #include <memory>
 #include <stdexcept>
 #include <string>
+#include <vector>
 
 #include <ATen/core/Tensor.h>
 
@@ -60,18 +61,43 @@ class Communicator {
   // The sum over all processes takes the tensor's place.
   std::unique_ptr<PendingCollective> begin_sum(const at::Tensor& tensor, const char* what);
   void sum(const at::Tensor& tensor, const char* what);
+  // `whole` is world_size() parts of equal size, one after another. Of the sum over all processes
+  // each gets the part that has its rank as number; `part` may be that part of `whole`, of which
+  // the others are then undefined.
+  std::unique_ptr<PendingCollective> begin_reduce_scatter(const at::Tensor& whole,
+                                                          const at::Tensor& part,
+                                                          const char* what);
+  // The parts of all processes, in the order of their ranks; `part` may lie in `whole`.
+  std::unique_ptr<PendingCollective> begin_all_gather(const at::Tensor& part,
+                                                      const at::Tensor& whole,
+                                                      const char* what);
   // That of process `from` takes the tensor's place.
   void broadcast(const at::Tensor& tensor, int64_t from, const char* what);
   // The bits that any process has set.
   int64_t any_bits(int64_t bits, const char* what);
+  // Every process's value, by rank.
+  std::vector<int64_t> values_of_all(int64_t value, const char* what);
   // The text of process 0.
   std::string text_of_first(const std::string& text, const char* what);
   void barrier(const char* what);
+
+  // Beside the operations, from any thread: a note that all processes can read under its name, and
+  // one that somebody has left or will leave. read_note() waits for it; it throws DistributedError
+  // once a process is lost, or has said that it fails. `what` names in errors what is waited for.
+  void leave_note(const std::string& name, const std::string& text);
+  std::string read_note(const std::string& name, const char* what);
+  // Takes a note away that nobody will read any more.
+  void remove_note(const std::string& name);
 
   // Leaves a last word for the others: why this process is about to end.
   void announce_failure(const std::string& reason);
 
  private:
+  template <typename Begin>
+  std::unique_ptr<PendingCollective> begin(std::vector<at::Tensor> tensors,
+                                           const char* what,
+                                           const Begin& begin);
+
   class Impl;
   std::unique_ptr<Impl> impl_;
 };
