@@ -14,20 +14,23 @@
 namespace rwkv {
 namespace {
 
-// Each parameter starts on its own cache line, as a tensor allocated alone would.
-constexpr int64_t kAlignment = 16;
-
 int64_t padded(int64_t elements) {
-  return (elements + kAlignment - 1) / kAlignment * kAlignment;
+  return (elements + kBufferAlignment - 1) / kBufferAlignment * kBufferAlignment;
 }
 
-// Room for a whole tensor of a checkpoint.
-TensorPiece make_piece(const std::string& name, const at::Tensor& parameter) {
-  return {.name = name,
-          .shape = parameter.sizes().vec(),
-          .begin = 0,
-          .end = parameter.numel(),
-          .values = at::empty({parameter.numel()}, at::kFloat)};
+// Those of `groups` that lie in [begin, end), counted from there.
+std::vector<ops::AdamwGroup> groups_within(const std::vector<ops::AdamwGroup>& groups,
+                                           int64_t begin,
+                                           int64_t end) {
+  std::vector<ops::AdamwGroup> result;
+  for (ops::AdamwGroup group : groups) {
+    group.begin = std::max(group.begin, begin) - begin;
+    group.end = std::min(group.end, end) - begin;
+    if (group.begin < group.end) {
+      result.push_back(group);
+    }
+  }
+  return result;
 }
 
 // Calls a function once backward has put a parameter's gradient in place.
@@ -59,8 +62,9 @@ StepNumbers read_step_numbers(const at::Tensor& control) {
 Optimizer::Optimizer(RwkvModel model,
                      const OptimizerConfig& config,
                      at::ScalarType dtype,
-                     const OptimizerMemory& memory)
-    : config_(config) {
+                     const OptimizerMemory& memory,
+                     const Sharding& sharding)
+    : config_(config), sharding_(sharding) {
   const at::NoGradGuard no_grad;
   std::vector<ParameterTraits> traits;
   std::vector<size_t> exact, rounded;
@@ -82,6 +86,7 @@ Optimizer::Optimizer(RwkvModel model,
   if (!rounded.empty()) {
     lay_out(1, dtype, std::move(rounded), traits, memory);
   }
+  find_gaps();
   size_t place = 0;
   for (Slot& slot : slots_) {
     if (slot.trained) {
@@ -127,27 +132,65 @@ void Optimizer::lay_out(size_t store,
       groups.push_back(group);
     }
   }
+  // The processes' parts are equal: a buffer of own parts has as many elements on each.
+  const int64_t trained_end = padded_for(trained_size, sharding_);
+  for (const size_t i : slots) {
+    slots_[i].offset += slots_[i].trained ? 0 : trained_end - trained_size;
+  }
+  size = padded_for(trained_end + size - trained_size, sharding_);
   const at::TensorOptions options = control_.options();
-  const auto zeros = [&](int64_t elements, at::ScalarType type) {
-    return at::zeros({elements}, options.dtype(type));
+  const auto zeros = [&](int64_t elements, at::ScalarType type, bool is_cut) {
+    return at::zeros({elements / (is_cut ? sharding_.num_processes : 1)}, options.dtype(type));
   };
   const bool is_half = dtype == at::kBFloat16;
+  const at::ScalarType gradient_dtype = is_half && memory.bf16_gradient ? dtype : at::kFloat;
+  const auto element_size = static_cast<int64_t>(c10::elementSize(gradient_dtype));
+  const auto cut = [&](int64_t begin, int64_t end, std::vector<Bucket>& buckets) {
+    const auto more = cut_into_buckets(store, begin, end, element_size, sharding_);
+    buckets.insert(buckets.end(), more.begin(), more.end());
+  };
+  cut(0, trained_end, buckets_);
+  cut(trained_end, size, frozen_buckets_);
+
   ops::AdamwBuffers buffers;
+  const bool has_cut_masters = is_half && is_cut();
   (is_half && memory.split_masters ? buffers.low : buffers.master) =
-      zeros(size, is_half && memory.split_masters ? at::kShort : at::kFloat);
+      zeros(size, is_half && memory.split_masters ? at::kShort : at::kFloat, has_cut_masters);
   if (is_half) {
-    buffers.weights = zeros(size, dtype);
+    buffers.weights = zeros(size, dtype, false);
   }
-  stores_.push_back({.buffers = buffers, .groups = std::move(groups)});
+  stores_.push_back({.buffers = buffers,
+                     .groups = std::move(groups),
+                     .dtype = dtype,
+                     .has_cut_masters = has_cut_masters});
   // The model's own tensors go one by one, before the other buffers come.
   for (const size_t i : slots) {
     set_master(slots_[i], slots_[i].parameter);
     slots_[i].parameter.set_data(view_of(is_half ? buffers.weights : buffers.master, slots_[i]));
   }
-  buffers.m = zeros(trained_size, at::kFloat);
-  buffers.v = zeros(trained_size, at::kFloat);
-  buffers.gradient = zeros(trained_size, is_half && memory.bf16_gradient ? dtype : at::kFloat);
+  buffers.m = zeros(trained_end, at::kFloat, is_cut());
+  buffers.v = zeros(trained_end, at::kFloat, is_cut());
+  buffers.gradient = zeros(trained_end, gradient_dtype, has_cut_gradient());
   stores_.back().buffers = buffers;
+}
+
+void Optimizer::find_gaps() {
+  if (!has_cut_gradient()) {
+    return;
+  }
+  reductions_.resize(buckets_.size());
+  for (size_t i = 0; i < buckets_.size(); ++i) {
+    const Bucket& bucket = buckets_[i];
+    int64_t covered = 0;
+    for (const Slot& slot : slots_) {
+      if (slot.trained && slot.store == bucket.store) {
+        covered += std::max<int64_t>(std::min(slot.offset + slot.parameter.numel(), bucket.end) -
+                                         std::max(slot.offset, bucket.begin),
+                                     0);
+      }
+    }
+    reductions_[i].has_gaps = covered < bucket.size();
+  }
 }
 
 Optimizer::~Optimizer() {
@@ -163,55 +206,124 @@ at::Tensor Optimizer::view_of(const at::Tensor& buffer, const Slot& slot) const 
       .view(slot.parameter.sizes());
 }
 
-at::Tensor Optimizer::master_of(const Slot& slot) const {
-  const ops::AdamwBuffers& buffers = stores_[slot.store].buffers;
-  return buffers.master.defined()
-             ? view_of(buffers.master, slot)
-             : ops::join_master(view_of(buffers.weights, slot), view_of(buffers.low, slot));
+std::vector<Optimizer::Part> Optimizer::own_parts(const Slot& slot) const {
+  std::vector<Part> parts;
+  for (const Bucket& bucket : slot.trained ? buckets_ : frozen_buckets_) {
+    const int64_t begin = std::max(bucket.own_begin, slot.offset);
+    const int64_t end = std::min(bucket.own_end, slot.offset + slot.parameter.numel());
+    if (bucket.store == slot.store && begin < end) {
+      parts.push_back({.begin = begin,
+                       .end = end,
+                       .shard_begin = bucket.shard_begin + begin - bucket.own_begin});
+    }
+  }
+  return parts;
+}
+
+std::vector<Optimizer::Part> Optimizer::held_parts(const Slot& slot, bool is_cut) const {
+  return is_cut ? own_parts(slot)
+                : std::vector<Part>{{.begin = slot.offset,
+                                     .end = slot.offset + slot.parameter.numel(),
+                                     .shard_begin = 0}};
+}
+
+at::Tensor Optimizer::part_of(const at::Tensor& buffer, bool is_cut, const Part& part) {
+  const int64_t begin = is_cut ? part.shard_begin : part.begin;
+  return buffer.slice(0, begin, begin + part.end - part.begin);
+}
+
+at::Tensor Optimizer::master_of(const Slot& slot, const Part& part) const {
+  const Store& store = stores_[slot.store];
+  return store.buffers.master.defined()
+             ? part_of(store.buffers.master, store.has_cut_masters, part)
+             : ops::join_master(part_of(store.buffers.weights, false, part),
+                                part_of(store.buffers.low, store.has_cut_masters, part));
 }
 
 void Optimizer::set_master(const Slot& slot, const at::Tensor& values) {
-  const ops::AdamwBuffers& buffers = stores_[slot.store].buffers;
-  if (!buffers.master.defined()) {
-    at::Tensor weights = view_of(buffers.weights, slot);
-    at::Tensor low = view_of(buffers.low, slot);
-    ops::split_master(values.to(low.options().dtype(at::kFloat)), weights, low);
+  const Store& store = stores_[slot.store];
+  const ops::AdamwBuffers& buffers = store.buffers;
+  if (store.dtype == at::kFloat) {
+    view_of(buffers.master, slot).copy_(values);
     return;
   }
-  view_of(buffers.master, slot).copy_(values);
-  if (buffers.weights.defined()) {
-    view_of(buffers.weights, slot).copy_(values);
+  at::Tensor weights = view_of(buffers.weights, slot);
+  at::Tensor masters = values.to(weights.options().dtype(at::kFloat)).contiguous();
+  if (buffers.low.defined()) {
+    at::Tensor low = at::empty_like(weights, weights.options().dtype(at::kShort));
+    ops::split_master(masters, weights, low);
+    masters = low;
+  } else {
+    weights.copy_(masters);
+  }
+  const at::Tensor& kept = buffers.low.defined() ? buffers.low : buffers.master;
+  const at::Tensor flat = masters.view({-1});
+  for (const Part& part : held_parts(slot, store.has_cut_masters)) {
+    part_of(kept, store.has_cut_masters, part)
+        .copy_(flat.slice(0, part.begin - slot.offset, part.end - slot.offset));
   }
 }
+
+// ---- The gradient -------------------------------------------------------------------------------
 
 void Optimizer::zero_gradient() {
   for (Slot& slot : slots_) {
     slot.starts_anew = true;
   }
+  for (Reduction& reduction : reductions_) {
+    reduction.starts_anew = true;
+  }
+}
+
+at::Tensor Optimizer::gradient_of(size_t bucket) {
+  const Bucket& at = buckets_[bucket];
+  const at::Tensor& gradient = stores_[at.store].buffers.gradient;
+  if (!has_cut_gradient()) {
+    return gradient.slice(0, at.begin, at.end);
+  }
+  Reduction& reduction = reductions_[bucket];
+  if (!reduction.whole.defined()) {
+    reduction.whole = reduction.has_gaps ? at::zeros({at.size()}, gradient.options())
+                                         : at::empty({at.size()}, gradient.options());
+  }
+  return reduction.whole;
+}
+
+std::vector<at::Tensor> Optimizer::gradient_of(const Slot& slot) {
+  if (!has_cut_gradient()) {
+    return {view_of(stores_[slot.store].buffers.gradient, slot).view({-1})};
+  }
+  std::vector<at::Tensor> pieces;
+  for (size_t i = 0; i < buckets_.size(); ++i) {
+    const Bucket& bucket = buckets_[i];
+    const int64_t begin = std::max(bucket.begin, slot.offset);
+    const int64_t end = std::min(bucket.end, slot.offset + slot.parameter.numel());
+    if (bucket.store == slot.store && begin < end) {
+      pieces.push_back(gradient_of(i).slice(0, begin - bucket.begin, end - bucket.begin));
+    }
+  }
+  return pieces;
 }
 
 void Optimizer::move_gradient(Slot& slot) {
   const at::NoGradGuard no_grad;
   at::Tensor& grad = slot.parameter.mutable_grad();
-  at::Tensor sum = view_of(stores_[slot.store].buffers.gradient, slot);
-  if (slot.starts_anew) {
-    sum.copy_(grad);
-  } else {
-    sum.add_(grad);
+  const at::Tensor flat = grad.reshape({-1});
+  int64_t begin = 0;
+  for (at::Tensor& sum : gradient_of(slot)) {
+    const at::Tensor piece = flat.slice(0, begin, begin + sum.numel());
+    if (slot.starts_anew) {
+      sum.copy_(piece);
+    } else {
+      sum.add_(piece);
+    }
+    begin += sum.numel();
   }
   slot.starts_anew = false;
   grad.reset();
   if (listener_) {
     listener_(slot.place);
   }
-}
-
-std::vector<at::Tensor> Optimizer::gradients() const {
-  std::vector<at::Tensor> result;
-  for (const Store& store : stores_) {
-    result.push_back(store.buffers.gradient);
-  }
-  return result;
 }
 
 std::vector<GradientPlace> Optimizer::gradient_places() const {
@@ -236,14 +348,52 @@ void Optimizer::accumulate_gradient() {
     if (slot.parameter.grad().defined()) {
       move_gradient(slot);
     } else if (slot.trained && slot.starts_anew) {
-      view_of(stores_[slot.store].buffers.gradient, slot).zero_();
+      for (at::Tensor& piece : gradient_of(slot)) {
+        piece.zero_();
+      }
       slot.starts_anew = false;
     }
+    // The next pass of the step leaves its gradients in buffers of its own.
+    slot.starts_anew = slot.starts_anew || has_cut_gradient();
   }
+}
+
+at::Tensor Optimizer::weights_of(size_t bucket) const {
+  const Bucket& at = buckets_[bucket];
+  const ops::AdamwBuffers& buffers = stores_[at.store].buffers;
+  return (buffers.weights.defined() ? buffers.weights : buffers.master).slice(0, at.begin, at.end);
+}
+
+at::Tensor Optimizer::own_part(const at::Tensor& whole, size_t bucket) const {
+  const Bucket& at = buckets_[bucket];
+  return whole.slice(0, at.own_begin - at.begin, at.own_end - at.begin);
+}
+
+void Optimizer::keep_reduced(size_t bucket) {
+  const at::NoGradGuard no_grad;
+  const Bucket& at = buckets_[bucket];
+  Reduction& reduction = reductions_.at(bucket);
+  at::Tensor sum =
+      stores_[at.store].buffers.gradient.slice(0, at.shard_begin, at.shard_begin + at.own_size());
+  const at::Tensor part = own_part(reduction.whole, bucket);
+  if (reduction.starts_anew) {
+    sum.copy_(part);
+  } else {
+    sum.add_(part);
+  }
+  reduction.starts_anew = false;
+  reduction.whole.reset();
 }
 
 at::Tensor Optimizer::sum_of_squares() const {
   at::Tensor sum = at::zeros({}, control_.options());
+  if (is_cut() && !has_cut_gradient()) {
+    for (const Bucket& bucket : buckets_) {
+      ops::add_sum_of_squares(
+          stores_[bucket.store].buffers.gradient.slice(0, bucket.own_begin, bucket.own_end), sum);
+    }
+    return sum;
+  }
   for (const Store& store : stores_) {
     ops::add_sum_of_squares(store.buffers.gradient, sum);
   }
@@ -255,32 +405,82 @@ double Optimizer::gradient_norm() const {
 }
 
 std::string Optimizer::first_nonfinite_gradient() const {
+  const auto is_bad = [this](const Slot& slot) {
+    const std::vector<Part> parts = held_parts(slot, has_cut_gradient());
+    return std::ranges::any_of(parts, [&](const Part& part) {
+      return !part_of(stores_[slot.store].buffers.gradient, has_cut_gradient(), part)
+                  .isfinite()
+                  .all()
+                  .item<bool>();
+    });
+  };
   // Backward comes to the last tensor first, and hands what is bad on to all before it.
   const auto found = std::find_if(slots_.rbegin(), slots_.rend(), [&](const Slot& slot) {
-    return slot.trained &&
-           !view_of(stores_[slot.store].buffers.gradient, slot).isfinite().all().item<bool>();
+    return slot.trained && is_bad(slot);
   });
   return found == slots_.rend() ? "" : found->name;
 }
 
 std::string Optimizer::first_nonfinite_weight() const {
   const auto found = std::find_if(slots_.begin(), slots_.end(), [&](const Slot& slot) {
-    return !master_of(slot).isfinite().all().item<bool>();
+    return !slot.parameter.isfinite().all().item<bool>();
   });
   return found == slots_.end() ? "" : found->name;
 }
+
+// ---- The update ---------------------------------------------------------------------------------
 
 void Optimizer::set_lr(double lr) {
   control_.select(0, ops::kControlLr).fill_(lr);
 }
 
 void Optimizer::update(const at::Tensor& loss) {
-  const at::NoGradGuard no_grad;
-  const ops::AdamwSettings settings = settings_of(config_);
-  ops::begin_adamw(control_, sum_of_squares(), loss, settings);
-  for (Store& store : stores_) {
-    ops::adamw_(store.buffers, store.groups, control_, settings);
+  begin_update(sum_of_squares(), loss);
+  for (size_t bucket = 0; bucket < buckets_.size(); ++bucket) {
+    update_bucket(bucket);
   }
+}
+
+void Optimizer::begin_update(const at::Tensor& sum_of_squares, const at::Tensor& loss) {
+  const at::NoGradGuard no_grad;
+  ops::begin_adamw(control_, sum_of_squares, loss, settings_of(config_));
+}
+
+void Optimizer::update_bucket(size_t bucket) {
+  const at::NoGradGuard no_grad;
+  const Bucket& at = buckets_[bucket];
+  const Store& store = stores_[at.store];
+  const Part part{.begin = is_cut() ? at.own_begin : at.begin,
+                  .end = is_cut() ? at.own_end : at.end,
+                  .shard_begin = at.shard_begin};
+  const auto piece = [&](const at::Tensor& buffer, bool is_cut) {
+    return buffer.defined() ? part_of(buffer, is_cut, part) : buffer;
+  };
+  const ops::AdamwBuffers& all = store.buffers;
+  ops::AdamwBuffers buffers{.master = piece(all.master, store.has_cut_masters),
+                            .weights = piece(all.weights, false),
+                            .low = piece(all.low, store.has_cut_masters),
+                            .m = piece(all.m, is_cut()),
+                            .v = piece(all.v, is_cut()),
+                            .gradient = piece(all.gradient, has_cut_gradient())};
+  ops::adamw_(
+      buffers, groups_within(store.groups, part.begin, part.end), control_, settings_of(config_));
+}
+
+Optimizer::Bytes Optimizer::bytes() const {
+  Bytes bytes;
+  const auto size = [](const at::Tensor& buffer) {
+    return buffer.defined() ? static_cast<int64_t>(buffer.nbytes()) : 0;
+  };
+  for (const Store& store : stores_) {
+    const ops::AdamwBuffers& buffers = store.buffers;
+    const bool is_half = store.dtype == at::kBFloat16;
+    bytes.weights += size(is_half ? buffers.weights : buffers.master);
+    bytes.masters += is_half ? size(buffers.master) + size(buffers.low) : 0;
+    bytes.gradients += size(buffers.gradient);
+    bytes.moments += size(buffers.m) + size(buffers.v);
+  }
+  return bytes;
 }
 
 StepNumbers Optimizer::numbers() const {
@@ -289,25 +489,39 @@ StepNumbers Optimizer::numbers() const {
 
 void Optimizer::copy_state(CheckpointPieces& state) const {
   const at::NoGradGuard no_grad;
-  if (state.weights.empty()) {
+  const auto for_each_part = [this](const auto& work) {
     for (const Slot& slot : slots_) {
-      state.weights.push_back(make_piece(slot.name, slot.parameter));
-      if (slot.trained) {
-        state.moments.push_back(make_piece("m." + slot.name, slot.parameter));
-        state.moments.push_back(make_piece("v." + slot.name, slot.parameter));
+      for (const Part& part : own_parts(slot)) {
+        work(slot, part);
       }
     }
+  };
+  if (state.weights.empty()) {
+    for_each_part([&](const Slot& slot, const Part& part) {
+      const auto make = [&](const std::string& name) {
+        return TensorPiece{.name = name,
+                           .shape = slot.parameter.sizes().vec(),
+                           .begin = part.begin - slot.offset,
+                           .end = part.end - slot.offset,
+                           .values = at::empty({part.end - part.begin}, at::kFloat)};
+      };
+      state.weights.push_back(make(slot.name));
+      if (slot.trained) {
+        state.moments.push_back(make("m." + slot.name));
+        state.moments.push_back(make("v." + slot.name));
+      }
+    });
   }
   auto weight = state.weights.begin();
   auto moment = state.moments.begin();
-  for (const Slot& slot : slots_) {
+  for_each_part([&](const Slot& slot, const Part& part) {
     const ops::AdamwBuffers& buffers = stores_[slot.store].buffers;
-    (weight++)->values.copy_(master_of(slot).view({-1}));
+    (weight++)->values.copy_(master_of(slot, part));
     if (slot.trained) {
-      (moment++)->values.copy_(view_of(buffers.m, slot).view({-1}));
-      (moment++)->values.copy_(view_of(buffers.v, slot).view({-1}));
+      (moment++)->values.copy_(part_of(buffers.m, is_cut(), part));
+      (moment++)->values.copy_(part_of(buffers.v, is_cut(), part));
     }
-  }
+  });
 }
 
 void Optimizer::load(const CheckpointTensors& saved, int64_t steps) {
@@ -315,10 +529,16 @@ void Optimizer::load(const CheckpointTensors& saved, int64_t steps) {
   for (const Slot& slot : slots_) {
     const at::IntArrayRef shape = slot.parameter.sizes();
     set_master(slot, saved.weights.read(slot.name, shape));
-    if (slot.trained) {
-      const ops::AdamwBuffers& buffers = stores_[slot.store].buffers;
-      view_of(buffers.m, slot).copy_(saved.moments.read("m." + slot.name, shape));
-      view_of(buffers.v, slot).copy_(saved.moments.read("v." + slot.name, shape));
+    if (!slot.trained) {
+      continue;
+    }
+    const ops::AdamwBuffers& buffers = stores_[slot.store].buffers;
+    for (const Part& part : held_parts(slot, is_cut())) {
+      const int64_t begin = part.begin - slot.offset, end = part.end - slot.offset;
+      part_of(buffers.m, is_cut(), part)
+          .copy_(saved.moments.read("m." + slot.name, shape, begin, end));
+      part_of(buffers.v, is_cut(), part)
+          .copy_(saved.moments.read("v." + slot.name, shape, begin, end));
     }
   }
   control_.select(0, ops::kControlSteps).fill_(static_cast<double>(steps));

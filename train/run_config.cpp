@@ -194,13 +194,18 @@ ConfigSection sample_section(SampleConfig& s) {
 }
 
 ConfigSection distributed_section(DistributedConfig& d) {
-  return {"distributed",
-          {
-              {"timeout_s",
-               &d.timeout_s,
-               "seconds; a process that is silent for longer is lost; 5 or more",
-               kMayDiffer},
-          }};
+  return {
+      "distributed",
+      {
+          {"timeout_s",
+           &d.timeout_s,
+           "seconds; a process that is silent for longer is lost; 5 or more",
+           kMayDiffer},
+          {"zero",
+           &d.zero,
+           "what each process has a part of: 0: nothing; 1: moments and masters; 2: gradients, too",
+           kMayDiffer},
+      }};
 }
 
 // The table of all keys, over the fields of `config`.
@@ -499,6 +504,7 @@ void RunConfig::validate() const {
   schedule.validate();
   validate_sample(sample);
   require_in_range(5, 86'400, "distributed.timeout_s", distributed.timeout_s);
+  require_in_range(0, 2, "distributed.zero", static_cast<double>(distributed.zero));
   validate_together(*this);
 }
 

@@ -25,7 +25,7 @@ StepRunner::StepRunner(RwkvModel model,
       settings_(settings),
       communicator_(communicator) {
   if (communicator_ != nullptr) {
-    reducer_ = std::make_unique<GradientReducer>(*communicator_, optimizer_);
+    data_parallel_ = std::make_unique<DataParallel>(*communicator_, optimizer_);
   }
   const at::TensorOptions options =
       optimizer_.control().options().dtype(at::kFloat).requires_grad(false);
@@ -107,7 +107,14 @@ void StepRunner::run(Position position) {
 
 void StepRunner::run_eagerly(Position position) {
   if (position == Position::kUpdate) {
-    optimizer_.update(communicator_ == nullptr ? losses_.mean() : global_loss());
+    if (data_parallel_ == nullptr) {
+      optimizer_.update(losses_.mean());
+      return;
+    }
+    for (int64_t i = settings_.micro_batches; i < settings_.most_micro_batches; ++i) {
+      data_parallel_->add_empty_pass(i + 1 == settings_.most_micro_batches);
+    }
+    data_parallel_->update(share_of_loss());
     return;
   }
   if (position == Position::kFirst || position == Position::kOnly) {
@@ -116,29 +123,28 @@ void StepRunner::run_eagerly(Position position) {
   forward_and_backward(position == Position::kLast || position == Position::kOnly);
 }
 
-at::Tensor StepRunner::global_loss() {
-  at::Tensor loss = at::zeros({1}, losses_.options());
+at::Tensor StepRunner::share_of_loss() {
+  at::Tensor loss = at::zeros({}, losses_.options());
   for (size_t i = 0; i < rows_.size(); ++i) {
     loss += losses_.select(0, static_cast<int64_t>(i)) *
             (rows_[i] / static_cast<double>(settings_.step_rows));
   }
-  communicator_->sum(loss, "the sum of losses");
-  return loss.squeeze(0);
+  return loss;
 }
 
 void StepRunner::forward_and_backward(bool is_last) {
   const at::Tensor loss =
       model_->loss(inputs_BT_, targets_BT_, initial_state_, settings_.l2wrap).loss;
-  if (reducer_ != nullptr && is_last) {
-    reducer_->begin();
+  if (data_parallel_ != nullptr) {
+    data_parallel_->begin_pass(is_last);
   }
   const double micro_batches = settings_.step_rows == 0
                                    ? static_cast<double>(settings_.micro_batches)
                                    : static_cast<double>(settings_.step_rows) / rows_.back();
   (loss / micro_batches).backward();
   optimizer_.accumulate_gradient();
-  if (reducer_ != nullptr && is_last) {
-    reducer_->finish();
+  if (data_parallel_ != nullptr) {
+    data_parallel_->finish_pass();
   }
   const at::NoGradGuard no_grad;
   loss_.copy_(loss);

@@ -14,13 +14,15 @@
 #include "model/ops/device_runtime.h"
 #include "model/rwkv_model.h"
 #include "train/distributed/communicator.h"
-#include "train/distributed/gradient_reducer.h"
+#include "train/distributed/data_parallel.h"
 #include "train/optimizer.h"
 
 namespace rwkv {
 
 struct StepSettings {
   int64_t micro_batches = 1;
+  // Of the process that has the most; 0: as many.
+  int64_t most_micro_batches = 0;
   // Sequences of a step, those of other processes included; 0: the micro-batches' own, all of one
   // size.
   int64_t step_rows = 0;
@@ -72,14 +74,14 @@ class StepRunner {
   void run(Position position);
   void run_eagerly(Position position);
   void forward_and_backward(bool is_last);
-  at::Tensor global_loss();
+  at::Tensor share_of_loss();
 
   RwkvModel model_;
   Optimizer& optimizer_;
   ops::DeviceRuntime* runtime_;
   StepSettings settings_;
   Communicator* communicator_;
-  std::unique_ptr<GradientReducer> reducer_;
+  std::unique_ptr<DataParallel> data_parallel_;  // of several processes
   int64_t steps_ = 0;
   int64_t micro_batch_ = 0;  // of the step
   at::Tensor inputs_BT_;

@@ -260,7 +260,11 @@ void Trainer::prepare(std::optional<int64_t> before_step) {
       model_,
       config_.optimizer,
       scalar_type(config_.train.dtype),
-      OptimizerMemory{.split_masters = on_gpu, .bf16_gradient = on_gpu && micro_batches() == 1});
+      OptimizerMemory{.split_masters = on_gpu,
+                      .bf16_gradient = on_gpu && most_micro_batches() == 1},
+      Sharding{.rank = placement_.rank,
+               .num_processes = placement_.world_size,
+               .zero_stage = placement_.world_size == 1 ? 0 : config_.distributed.zero});
   if (checkpoint) {
     load_optimizer(*checkpoint, state_, *optimizer_);
     check_same_corpus(train_corpus_, state_.corpus, *checkpoint);
@@ -276,6 +280,7 @@ void Trainer::prepare(std::optional<int64_t> before_step) {
       *optimizer_,
       device_.runtime,
       StepSettings{.micro_batches = micro_batches(),
+                   .most_micro_batches = most_micro_batches(),
                    .step_rows = communicator_ == nullptr ? 0 : config_.batch_sequences(),
                    .l2wrap = config_.train.l2wrap,
                    .record = can_record()},
@@ -307,6 +312,13 @@ int64_t Trainer::micro_batch_rows() const {
 
 int64_t Trainer::micro_batches() const {
   return (share() + micro_batch_rows() - 1) / micro_batch_rows();
+}
+
+int64_t Trainer::most_micro_batches() const {
+  const int64_t most =
+      (config_.batch_sequences() + placement_.world_size - 1) / placement_.world_size;
+  const int64_t rows = std::min(config_.micro_batch_sequences(), most);
+  return (most + rows - 1) / rows;
 }
 
 bool Trainer::can_record() const {

@@ -92,6 +92,7 @@ class Trainer {
   int64_t share() const;        // and how many are its own
   int64_t micro_batch_rows() const;
   int64_t micro_batches() const;
+  int64_t most_micro_batches() const;  // of any process
   bool can_record() const;
   RunEnd run_steps();
   // What all processes do at this step, whichever of them has the reason.
