@@ -48,8 +48,8 @@ Evaluation LossSum::mean() const {
                                 .num_tokens = counts_[range],
                                 .loss = sums_[range] / static_cast<double>(counts_[range])});
   }
-  mean.loss =
-      std::accumulate(sums_.begin(), sums_.end(), 0.0) / static_cast<double>(mean.num_tokens);
+  mean.loss = std::accumulate(sums_.begin(), sums_.end(), 0.0) /
+              static_cast<double>(std::max<int64_t>(mean.num_tokens, 1));
   return mean;
 }
 
@@ -73,12 +73,12 @@ Evaluation evaluate(RwkvModel model, const BinidxFile& corpus, const EvaluateOpt
   }
   LossSum sum;
   std::vector<std::vector<int64_t>> windows;
-  for (int64_t begin = 0; begin < predictions;) {
+  const int64_t stride = options.num_shares * options.ctx_len;
+  for (int64_t begin = options.share * options.ctx_len; begin < predictions;) {
     windows.clear();
-    while (begin < predictions && std::ssize(windows) < options.batch_size) {
+    for (; begin < predictions && std::ssize(windows) < options.batch_size; begin += stride) {
       const int64_t len = std::min(options.ctx_len, predictions - begin);
       windows.push_back(read_ids(corpus, model->config().vocab_size, begin, len + 1));
-      begin += len;
     }
     predict_sequences(model, windows, options.batch_size, [&](const SequencePrediction& window) {
       sum.add(window.losses());

@@ -16,6 +16,9 @@ struct EvaluateOptions {
   int64_t ctx_len = 256;                   // tokens predicted from an empty state, then anew
   int64_t batch_size = 8;                  // windows at once
   std::optional<int64_t> max_tokens = {};  // predictions to make; absent: all
+  // Of num_shares processes each takes every so manieth window, from that with its number on.
+  int64_t share = 0;
+  int64_t num_shares = 1;
   // Called now and then with the predictions made so far, if given.
   std::function<void(int64_t num_tokens)> progress = nullptr;
 };
@@ -29,8 +32,8 @@ struct PositionLoss {
 };
 
 struct Evaluation {
-  double loss = 0;         // mean cross entropy, nats a token
-  int64_t num_tokens = 0;  // predictions made
+  double loss = 0;         // mean cross entropy, nats a token; 0 without a token
+  int64_t num_tokens = 0;  // predictions made; none in a share that is empty
   // After 1 token, 2, 3 to 4, 5 to 8 and so on: a model that uses its context falls from each to
   // the next.
   std::vector<PositionLoss> by_position;

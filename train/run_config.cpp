@@ -205,6 +205,10 @@ ConfigSection distributed_section(DistributedConfig& d) {
            &d.zero,
            "what each process has a part of: 0: nothing; 1: moments and masters; 2: gradients, too",
            kMayDiffer},
+          {"compare_weights_every_steps",
+           &d.compare_weights_every_steps,
+           "steps; whether all processes still have the same weights; also before a save",
+           kMayDiffer},
       }};
 }
 
@@ -504,6 +508,8 @@ void RunConfig::validate() const {
   schedule.validate();
   validate_sample(sample);
   require_in_range(5, 86'400, "distributed.timeout_s", distributed.timeout_s);
+  require_at_least(
+      1, "distributed.compare_weights_every_steps", distributed.compare_weights_every_steps);
   require_in_range(0, 2, "distributed.zero", static_cast<double>(distributed.zero));
   validate_together(*this);
 }

@@ -106,6 +106,7 @@ struct DistributedConfig {
   double timeout_s = 60;  // a process that is silent for longer is lost; 5 or more
   // Stage of ZeRO (train/buckets.h): 0, 1 or 2.
   int64_t zero = 0;
+  int64_t compare_weights_every_steps = 500;  // 1 or more
   bool operator==(const DistributedConfig&) const = default;
 };
 

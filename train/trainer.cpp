@@ -21,6 +21,7 @@
 #include "data/tokenizer_registry.h"
 #include "model/formats/format_registry.h"
 #include "train/config_value.h"
+#include "train/distributed/weight_comparison.h"
 #include "train/evaluate.h"
 #include "train/generate_text.h"
 #include "train/machine.h"
@@ -279,7 +280,7 @@ void Trainer::prepare(std::optional<int64_t> before_step) {
       model_,
       *optimizer_,
       device_.runtime,
-      StepSettings{.micro_batches = micro_batches(),
+      StepSettings{.micro_batches = micro_batches(placement_.rank),
                    .most_micro_batches = most_micro_batches(),
                    .step_rows = communicator_ == nullptr ? 0 : config_.batch_sequences(),
                    .l2wrap = config_.train.l2wrap,
@@ -287,49 +288,47 @@ void Trainer::prepare(std::optional<int64_t> before_step) {
       communicator_.get());
   loader_ = std::make_unique<BatchLoader>(train_corpus_,
                                           order_,
-                                          BatchPlan{.rows = micro_batch_rows(),
+                                          BatchPlan{.rows = micro_batch_rows(placement_.rank),
                                                     .ctx_len = config_.model.ctx_len,
                                                     .first_sample = state_.samples,
                                                     .step_samples = config_.batch_sequences(),
-                                                    .first_share = first_share(),
-                                                    .share = share(),
+                                                    .first_share = first_share(placement_.rank),
+                                                    .share = share(placement_.rank),
                                                     .vocab_size = config_.model.vocab_size});
 }
 
 // ---- One step -----------------------------------------------------------------------------------
 
-int64_t Trainer::first_share() const {
-  return placement_.rank * config_.batch_sequences() / placement_.world_size;
+int64_t Trainer::first_share(int64_t rank) const {
+  return rank * config_.batch_sequences() / placement_.world_size;
 }
 
-int64_t Trainer::share() const {
-  return (placement_.rank + 1) * config_.batch_sequences() / placement_.world_size - first_share();
+int64_t Trainer::share(int64_t rank) const {
+  return first_share(rank + 1) - first_share(rank);
 }
 
-int64_t Trainer::micro_batch_rows() const {
-  return std::min(config_.micro_batch_sequences(), share());
+int64_t Trainer::micro_batch_rows(int64_t rank) const {
+  return std::min(config_.micro_batch_sequences(), share(rank));
 }
 
-int64_t Trainer::micro_batches() const {
-  return (share() + micro_batch_rows() - 1) / micro_batch_rows();
+int64_t Trainer::micro_batches(int64_t rank) const {
+  return (share(rank) + micro_batch_rows(rank) - 1) / micro_batch_rows(rank);
 }
 
+// Shares differ by one sequence, and the last process has one of the largest.
 int64_t Trainer::most_micro_batches() const {
-  const int64_t most =
-      (config_.batch_sequences() + placement_.world_size - 1) / placement_.world_size;
-  const int64_t rows = std::min(config_.micro_batch_sequences(), most);
-  return (most + rows - 1) / rows;
+  return micro_batches(placement_.world_size - 1);
 }
 
 bool Trainer::can_record() const {
-  const bool is_even = share() % micro_batch_rows() == 0;
+  const bool is_even = share(placement_.rank) % micro_batch_rows(placement_.rank) == 0;
   if (config_.train.cuda_graph && device_.runtime != nullptr && !is_even) {
     spdlog::warn(
         "rank {}: {} sequences do not divide into micro-batches of {}: the step is not "
         "recorded as a graph",
         placement_.rank,
-        share(),
-        micro_batch_rows());
+        share(placement_.rank),
+        micro_batch_rows(placement_.rank));
   }
   return config_.train.cuda_graph && is_even;
 }
@@ -348,7 +347,7 @@ std::optional<Trainer::LaunchedStep> Trainer::launch_step() {
     agree();
   }
   runner_->begin_step();
-  for (int64_t i = 0; i < micro_batches(); ++i) {
+  for (int64_t i = 0; i < micro_batches(placement_.rank); ++i) {
     if (asked_to_stop() != 0) {
       return std::nullopt;
     }
@@ -396,25 +395,36 @@ std::optional<StepResult> Trainer::step() {
   return launched ? std::optional(result_of(*launched)) : std::nullopt;
 }
 
-std::string Trainer::where_not_finite(const StepResult& result, bool is_newest) const {
-  int64_t first = state_.samples;
-  int64_t count = config_.batch_sequences();
-  std::string weight, tensor;
-  std::string where = ", on samples ";
+// The samples whose loss is not finite, of all processes, or else all of the step.
+std::string Trainer::samples_not_finite(bool is_newest) const {
+  int64_t first = -1;
   // What a later step has left says nothing of this one.
   if (is_newest) {
     const at::Tensor losses = runner_->losses();
     const std::span all(losses.const_data_ptr<float>(), static_cast<size_t>(losses.numel()));
     const auto bad = std::ranges::find_if(all, [](float loss) { return !std::isfinite(loss); });
     if (bad != all.end()) {
-      // Of this process; others look at their own.
-      const int64_t begin = (bad - all.begin()) * micro_batch_rows();
-      first += first_share() + begin;
-      count = std::min(micro_batch_rows(), share() - begin);
-      if (communicator_ != nullptr) {
-        where = ", on rank " + std::to_string(placement_.rank) + "'s samples ";
-      }
+      first = (bad - all.begin()) * micro_batch_rows(placement_.rank);
     }
+  }
+  const std::vector<int64_t> of_all =
+      communicator_ == nullptr ? std::vector{first}
+                               : communicator_->values_of_all(first, "the search for its cause");
+  const auto found = std::ranges::find_if(of_all, [](int64_t of_rank) { return of_rank >= 0; });
+  if (found == of_all.end()) {
+    return "samples " + std::to_string(state_.samples) + " to " +
+           std::to_string(state_.samples + config_.batch_sequences() - 1);
+  }
+  const int64_t rank = found - of_all.begin();
+  const int64_t begin = state_.samples + first_share(rank) + *found;
+  const int64_t count = std::min(micro_batch_rows(rank), share(rank) - *found);
+  return (communicator_ == nullptr ? "" : "rank " + std::to_string(rank) + "'s ") + "samples " +
+         std::to_string(begin) + " to " + std::to_string(begin + count - 1);
+}
+
+std::string Trainer::where_not_finite(const StepResult& result, bool is_newest) const {
+  std::string weight, tensor;
+  if (is_newest) {
     weight = optimizer_->first_nonfinite_weight();
     tensor = optimizer_->first_nonfinite_gradient();
   }
@@ -424,7 +434,7 @@ std::string Trainer::where_not_finite(const StepResult& result, bool is_newest) 
          (!weight.empty()   ? ", for " + weight + " was not finite before it"
           : !tensor.empty() ? ", first in the gradient of " + tensor
                             : "") +
-         where + std::to_string(first) + " to " + std::to_string(first + count - 1) +
+         ", on " + samples_not_finite(is_newest) +
          "; the update was not made. rookery train with the same options and --replay " + step +
          " finds the op. " + how_to_go_on();
 }
@@ -447,7 +457,7 @@ std::string Trainer::replay() {
   OpChecks checks(model_);
   std::vector<Samples> samples;
   runner_->begin_step();
-  for (int64_t i = 0; i < micro_batches(); ++i) {
+  for (int64_t i = 0; i < micro_batches(placement_.rank); ++i) {
     samples.push_back(add_micro_batch());
   }
   const at::Tensor losses = runner_->losses();
@@ -650,7 +660,8 @@ bool Trainer::is_work_due() const {
   const TrainConfig& train = config_.train;
   return end() || (validation_corpus_ && is_step_of(train.validate_every_steps)) ||
          is_step_of(config_.sample.every_steps) || is_step_of(train.save_every_steps) ||
-         is_step_of(train.keep_every_steps) || is_time_to_save();
+         is_step_of(train.keep_every_steps) || is_time_to_save() ||
+         (communicator_ != nullptr && is_step_of(config_.distributed.compare_weights_every_steps));
 }
 
 StepRecord Trainer::record_of(LaunchedStep& launched, ProgressMeter& meter) {
@@ -698,6 +709,9 @@ void Trainer::finish_step(LaunchedStep& launched, ProgressMeter& meter, RunLog* 
   const TrainConfig& train = config_.train;
   StepRecord record = record_of(launched, meter);
   const double pause_s = now_seconds();
+  if (is_step_of(config_.distributed.compare_weights_every_steps)) {
+    require_same_weights();
+  }
   if (validation_corpus_ && is_step_of(train.validate_every_steps)) {
     require_finite_weights();
     record.validation_loss = validate();
@@ -715,17 +729,30 @@ void Trainer::finish_step(LaunchedStep& launched, ProgressMeter& meter, RunLog* 
 }
 
 std::optional<double> Trainer::validate() {
+  std::optional<Evaluation> own;
   try {
-    return evaluate(model_,
-                    *validation_corpus_,
-                    {.ctx_len = config_.model.ctx_len,
-                     .batch_size = micro_batch_rows(),
-                     .max_tokens = config_.train.validation_tokens,
-                     .progress = [](int64_t) { stop_if_asked(); }})
-        .loss;
+    own = evaluate(model_,
+                   *validation_corpus_,
+                   {.ctx_len = config_.model.ctx_len,
+                    .batch_size = micro_batch_rows(placement_.rank),
+                    .max_tokens = config_.train.validation_tokens,
+                    .share = placement_.rank,
+                    .num_shares = placement_.world_size,
+                    .progress = [](int64_t) { stop_if_asked(); }});
   } catch (const Stopped&) {
+    // Then there is no loss to tell.
+  }
+  if (communicator_ == nullptr) {
+    return own ? std::optional(own->loss) : std::nullopt;
+  }
+  // A signal to one of them stops all.
+  if (communicator_->any_bits(own ? 0 : 1, "the end of a validation") != 0) {
     return std::nullopt;
   }
+  const auto num_tokens = static_cast<double>(own->num_tokens);
+  const at::Tensor sums = at::tensor({own->loss * num_tokens, num_tokens}, at::kDouble);
+  communicator_->sum(sums, "the sum of validation losses");
+  return sums[0].item<double>() / sums[1].item<double>();
 }
 
 void Trainer::write_sample(const StepRecord& record, RunLog& log) {
@@ -755,8 +782,15 @@ void Trainer::require_finite_weights() const {
   }
 }
 
+void Trainer::require_same_weights() const {
+  if (communicator_ != nullptr) {
+    rwkv::require_same_weights(model_, *communicator_);
+  }
+}
+
 void Trainer::save(RunLog* log) {
   require_finite_weights();
+  require_same_weights();
   saved_step_ = state_.step;
   saved_s_ = now_seconds();
   if (log != nullptr) {

@@ -88,10 +88,10 @@ class Trainer {
   std::optional<std::string> choose_checkpoint(std::optional<int64_t> before_step);
   void write_start(RunLog& log) const;
   bool is_first() const { return placement_.rank == 0; }
-  int64_t first_share() const;  // of the step's sequences, this process's first
-  int64_t share() const;        // and how many are its own
-  int64_t micro_batch_rows() const;
-  int64_t micro_batches() const;
+  int64_t first_share(int64_t rank) const;  // of the step's sequences, that process's first
+  int64_t share(int64_t rank) const;        // and how many are its own
+  int64_t micro_batch_rows(int64_t rank) const;
+  int64_t micro_batches(int64_t rank) const;
   int64_t most_micro_batches() const;  // of any process
   bool can_record() const;
   RunEnd run_steps();
@@ -108,6 +108,7 @@ class Trainer {
   std::optional<LaunchedStep> launch_step();  // nothing if a signal asked to stop meanwhile
   StepResult result_of(LaunchedStep& launched);
   std::string where_not_finite(const StepResult& result, bool is_newest) const;
+  std::string samples_not_finite(bool is_newest) const;
   std::string how_to_go_on() const;
   std::string device_name() const;
   int64_t peak_memory_bytes() const;
@@ -125,6 +126,8 @@ class Trainer {
   void write_sample(const StepRecord& record, RunLog& log);
   // Throws std::runtime_error if the last update left a weight that is not finite.
   void require_finite_weights() const;
+  // Throws DistributedError if processes that should have the same weights do not.
+  void require_same_weights() const;
   // Begins to save, once the save before is done.
   void save(RunLog* log);
 

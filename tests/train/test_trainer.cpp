@@ -225,6 +225,21 @@ TEST(Evaluate, CountsEveryTokenButTheFirst) {
   EXPECT_NEAR(windows.loss, whole.loss, 0.1);
   EXPECT_EQ(evaluate(model, corpus, {.ctx_len = 10, .max_tokens = 25}).num_tokens, 25);
   // Batching alone changes nothing.
+  // In three shares, the same windows; a share beyond the last is empty.
+  double sum = 0;
+  int64_t num_tokens = 0;
+  for (int64_t share = 0; share < 3; ++share) {
+    const Evaluation part =
+        evaluate(model, corpus, {.ctx_len = 10, .batch_size = 2, .share = share, .num_shares = 3});
+    EXPECT_LT(part.num_tokens, windows.num_tokens);
+    sum += part.loss * static_cast<double>(part.num_tokens);
+    num_tokens += part.num_tokens;
+  }
+  EXPECT_EQ(num_tokens, windows.num_tokens);
+  EXPECT_NEAR(sum / static_cast<double>(num_tokens), windows.loss, 1e-6);
+  const Evaluation none = evaluate(model, corpus, {.ctx_len = 1000, .share = 1, .num_shares = 2});
+  EXPECT_EQ(none.num_tokens, 0);
+  EXPECT_EQ(none.loss, 0);
   const Evaluation one_by_one = evaluate(model, corpus, {.ctx_len = 10, .batch_size = 1});
   EXPECT_NEAR(one_by_one.loss, windows.loss, 1e-6);
 }
