@@ -20,7 +20,7 @@ namespace rwkv {
 namespace {
 
 // Large enough that small writes cost no system call each.
-constexpr size_t kBufferBytes = size_t{1} << 20;
+constexpr size_t kBufferBytes = size_t{1} << 18;
 
 }  // namespace
 
@@ -75,30 +75,34 @@ void AtomicFile::fail(const char* what) const {
 
 void AtomicFile::write(std::span<const std::byte> bytes) {
   written_ += bytes.size();
-  // In pieces: the tensors of a checkpoint are gigabytes, and the buffer must not grow with them.
-  while (!bytes.empty()) {
-    const auto piece = bytes.first(std::min(bytes.size(), kBufferBytes));
-    bytes = bytes.subspan(piece.size());
-    buffer_.append(reinterpret_cast<const char*>(piece.data()), piece.size());
-    if (buffer_.size() >= kBufferBytes) {
-      flush();
-    }
+  if (bytes.size() >= kBufferBytes) {
+    // The tensors of a checkpoint are gigabytes: they are not copied once more.
+    flush();
+    write_through(bytes);
+    return;
+  }
+  buffer_.append(reinterpret_cast<const char*>(bytes.data()), bytes.size());
+  if (buffer_.size() >= kBufferBytes) {
+    flush();
   }
 }
 
 void AtomicFile::flush() {
-  size_t done = 0;
-  while (done < buffer_.size()) {
-    const ssize_t n = ::write(fd_, buffer_.data() + done, buffer_.size() - done);
+  write_through(std::as_bytes(std::span(buffer_)));
+  buffer_.clear();
+}
+
+void AtomicFile::write_through(std::span<const std::byte> bytes) {
+  while (!bytes.empty()) {
+    const ssize_t n = ::write(fd_, bytes.data(), bytes.size());
     if (n < 0 && errno == EINTR) {
       continue;
     }
     if (n < 0) {
       fail("writing failed");
     }
-    done += static_cast<size_t>(n);
+    bytes = bytes.subspan(static_cast<size_t>(n));
   }
-  buffer_.clear();
 }
 
 void AtomicFile::prepare() {

@@ -34,6 +34,7 @@ class AtomicFile {
  private:
   void open_partial();
   void flush();
+  void write_through(std::span<const std::byte> bytes);
   [[noreturn]] void fail(const char* what) const;
 
   std::string path_;

@@ -102,7 +102,15 @@ std::vector<ManifestFile> write_checkpoint_pieces(const CheckpointSettings& sett
                                                   int64_t step,
                                                   const CheckpointPieces& pieces,
                                                   ProcessPlace place) {
+  if (const std::string weight = first_nonfinite(pieces.weights); !weight.empty()) {
+    refuse_nonfinite(weight, step, settings.config.train.run_dir);
+  }
   const fs::path partial = partial_path(settings, step);
+  if (place.rank > 0 && !fs::is_directory(partial)) {
+    throw std::runtime_error(partial.string() +
+                             ": is not there, though rank 0 has made it; "
+                             "train.run_dir must lie where all processes see the same files");
+  }
   std::vector<ManifestFile> files;
   const auto write = [&](const char* stem,
                          const std::vector<TensorPiece>& tensors,
@@ -175,6 +183,19 @@ std::string save_checkpoint(const CheckpointSettings& settings,
     abandon_checkpoint(settings, state.step);
     throw;
   }
+}
+
+std::string advice_where_not_finite(const std::string& run_dir) {
+  const auto newest = newest_checkpoint(run_dir);
+  // The schedule and clipping of a run that has a checkpoint cannot be changed.
+  return (newest ? "The newest checkpoint is " + *newest + "; a new run with init.from = that and"
+                 : std::string("There is no checkpoint yet;")) +
+         " a lower schedule.lr_init or optimizer.clip_norm may get past it";
+}
+
+void refuse_nonfinite(const std::string& weight, int64_t step, const std::string& run_dir) {
+  throw std::runtime_error("step " + std::to_string(step) + ": its update left " + weight +
+                           " not finite, so it is not saved. " + advice_where_not_finite(run_dir));
 }
 
 SavedRun read_saved_run(const std::string& checkpoint) {

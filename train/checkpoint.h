@@ -49,8 +49,9 @@ struct CheckpointSettings {
 
 // Writes the checkpoint of `state.step`, then deletes those that the retention does not keep and
 // whatever an interrupted save left. Returns its path. Throws std::runtime_error naming the file
-// and the reason, also if the disk has no room for it; nothing of the failed checkpoint is left,
-// and no older one is deleted. An older one that cannot be deleted is a warning in the log.
+// and the reason, also if the disk has no room for it or a weight is not finite; nothing of the
+// failed checkpoint is left, and no older one is deleted. An older one that cannot be deleted is a
+// warning in the log.
 std::string save_checkpoint(const CheckpointSettings& settings,
                             const CheckpointPieces& pieces,
                             const TrainerState& state);
@@ -58,7 +59,8 @@ std::string save_checkpoint(const CheckpointSettings& settings,
 // The same in three parts, for several processes with a barrier between one part and the next.
 // First: one process makes the folder, after a look at whether `bytes` fit on the disk.
 void begin_checkpoint(const CheckpointSettings& settings, int64_t step, uint64_t bytes);
-// Second: every process writes its pieces there, and tells what it wrote.
+// Second: every process writes its pieces there, and tells what it wrote. Throws std::runtime_error
+// naming a weight that is not finite.
 std::vector<ManifestFile> write_checkpoint_pieces(const CheckpointSettings& settings,
                                                   int64_t step,
                                                   const CheckpointPieces& pieces,
@@ -70,6 +72,14 @@ std::string finish_checkpoint(const CheckpointSettings& settings,
                               int64_t num_processes = 1);
 // In place of the third part, if the second failed in any process: removes what was written.
 void abandon_checkpoint(const CheckpointSettings& settings, int64_t step);
+
+// What a run may do whose numbers are not finite any more: a sentence or two.
+std::string advice_where_not_finite(const std::string& run_dir);
+
+// Throws the error of an update that left a weight not finite.
+[[noreturn]] void refuse_nonfinite(const std::string& weight,
+                                   int64_t step,
+                                   const std::string& run_dir);
 
 struct SavedRun {
   RunConfig config;

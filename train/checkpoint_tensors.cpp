@@ -1,5 +1,8 @@
 #include "train/checkpoint_tensors.h"
 
+#include <algorithm>
+#include <cmath>
+#include <span>
 #include <stdexcept>
 
 #include <ATen/ATen.h>
@@ -16,6 +19,18 @@ uint64_t bytes_of(const CheckpointPieces& pieces) {
     }
   }
   return bytes;
+}
+
+std::string first_nonfinite(const std::vector<TensorPiece>& pieces) {
+  const auto is_finite = [](float value) { return std::isfinite(value); };
+  for (const TensorPiece& piece : pieces) {
+    const std::span values(piece.values.const_data_ptr<float>(),
+                           static_cast<size_t>(piece.values.numel()));
+    if (!std::ranges::all_of(values, is_finite)) {
+      return piece.name;
+    }
+  }
+  return "";
 }
 
 std::vector<PieceToWrite> to_write(const std::vector<TensorPiece>& pieces) {

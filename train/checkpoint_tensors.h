@@ -29,6 +29,8 @@ struct CheckpointPieces {
 };
 // Of all values.
 uint64_t bytes_of(const CheckpointPieces& pieces);
+// The first tensor that has a value that is not finite; empty if all are.
+std::string first_nonfinite(const std::vector<TensorPiece>& pieces);
 // For a writer; `pieces` must stay alive.
 std::vector<PieceToWrite> to_write(const std::vector<TensorPiece>& pieces);
 

@@ -2,6 +2,7 @@
 
 #include <algorithm>
 #include <cmath>
+#include <cstring>
 #include <functional>
 #include <memory>
 #include <numeric>
@@ -31,6 +32,17 @@ std::vector<ops::AdamwGroup> groups_within(const std::vector<ops::AdamwGroup>& g
     }
   }
   return result;
+}
+
+void copy_values(const at::Tensor& from, TensorPiece& to) {
+  if (from.is_cpu()) {
+    // copy_() would have a team of threads of its own in whichever thread calls.
+    TORCH_CHECK(
+        from.is_contiguous() && from.nbytes() == to.values.nbytes(), to.name, ": ", from.sizes());
+    std::memcpy(to.values.mutable_data_ptr(), from.const_data_ptr(), from.nbytes());
+  } else {
+    to.values.copy_(from.view({-1}));
+  }
 }
 
 // Calls a function once backward has put a parameter's gradient in place.
@@ -516,10 +528,10 @@ void Optimizer::copy_state(CheckpointPieces& state) const {
   auto moment = state.moments.begin();
   for_each_part([&](const Slot& slot, const Part& part) {
     const ops::AdamwBuffers& buffers = stores_[slot.store].buffers;
-    (weight++)->values.copy_(master_of(slot, part));
+    copy_values(master_of(slot, part), *weight++);
     if (slot.trained) {
-      (moment++)->values.copy_(part_of(buffers.m, is_cut(), part));
-      (moment++)->values.copy_(part_of(buffers.v, is_cut(), part));
+      copy_values(part_of(buffers.m, is_cut(), part), *moment++);
+      copy_values(part_of(buffers.v, is_cut(), part), *moment++);
     }
   });
 }

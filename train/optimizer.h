@@ -128,7 +128,8 @@ class Optimizer {
   // Copies into `state` the master weights of all parameters, in the model's order, and both
   // moments of those that are trained; of several processes, the own parts. Its buffers are made by
   // the first call and used again by later ones: 4 bytes for each parameter, and 8 more for each
-  // that is trained.
+  // that is trained. On a CPU it uses no thread but the caller's, and forward and backward may go
+  // on meanwhile; update() may not.
   void copy_state(CheckpointPieces& state) const;
   // Continues from saved state: fills masters and moments by name and sets the step count. Throws
   // std::runtime_error naming the file and a tensor that is missing or of another shape.

@@ -107,9 +107,9 @@ void check_same_corpus(const BinidxFile& corpus,
   require_tokenizer_of(read_weights(checkpoint), corpus);
 }
 
-void say_saved(const std::optional<std::string>& path, RunLog& log) {
-  if (path) {
-    log.say("saved " + *path);
+void say_saved(const std::optional<std::string>& path, RunLog* log) {
+  if (path && log != nullptr) {
+    log->say("saved " + *path);
   }
 }
 
@@ -173,12 +173,13 @@ Trainer::Trainer(const RunConfig& config,
     require_writable_checkpoints(config_.train.run_dir);
   }
   start(before_step);
-  if (purpose == Purpose::kTrain && is_first()) {
+  if (purpose == Purpose::kTrain) {
     saver_ = std::make_unique<CheckpointSaver>(
         CheckpointSettings{.config = config_,
                            .tokenizer_identity = tokenizer_identity_,
                            .retention = {.newest = config_.train.keep_checkpoints,
-                                         .every_steps = config_.train.keep_every_steps}});
+                                         .every_steps = config_.train.keep_every_steps}},
+        communicator_.get());
   }
 }
 
@@ -353,6 +354,9 @@ std::optional<Trainer::LaunchedStep> Trainer::launch_step() {
     }
     add_micro_batch();
   }
+  if (saver_) {
+    saver_->wait_for_copy();
+  }
   LaunchedStep launched{.before = state_, .lr = lr, .numbers = runner_->finish_step(lr)};
   ++state_.step;
   state_.samples += config_.batch_sequences();
@@ -365,6 +369,10 @@ StepResult Trainer::result_of(LaunchedStep& launched) {
   const StepResult result{
       .loss = numbers.loss, .grad_norm = numbers.gradient_norm, .lr = launched.lr};
   if (numbers.skipped) {
+    // A save under way may be of weights that are not finite: then that is the reason to be told.
+    if (saver_) {
+      saver_->settle();
+    }
     // Neither it nor any step after it has changed a weight.
     const bool is_newest = state_.step == launched.before.step + 1;
     state_ = launched.before;
@@ -436,18 +444,7 @@ std::string Trainer::where_not_finite(const StepResult& result, bool is_newest) 
                             : "") +
          ", on " + samples_not_finite(is_newest) +
          "; the update was not made. rookery train with the same options and --replay " + step +
-         " finds the op. " + how_to_go_on();
-}
-
-std::string Trainer::how_to_go_on() const {
-  if (saver_) {
-    saver_->settle();
-  }
-  const auto newest = newest_checkpoint(config_.train.run_dir);
-  // The schedule and clipping of a run that has a checkpoint cannot be changed.
-  return (newest ? "The newest checkpoint is " + *newest + "; a new run with init.from = that and"
-                 : std::string("There is no checkpoint yet;")) +
-         " a lower schedule.lr_init or optimizer.clip_norm may get past it";
+         " finds the op. " + advice_where_not_finite(config_.train.run_dir);
 }
 
 std::string Trainer::replay() {
@@ -515,9 +512,7 @@ RunEnd Trainer::run_steps() {
   std::optional<LaunchedStep> waiting;
   while (!ended) {
     std::optional<LaunchedStep> launched = launch_step();
-    if (log != nullptr) {
-      say_saved(saver_->take_saved(), *log);
-    }
+    say_saved(saver_->take_saved(), log);
     state_.elapsed_s = elapsed_before_s_ + now_seconds() - started_s_;
     if (waiting) {
       log_step(*waiting, meter, log);
@@ -540,8 +535,8 @@ RunEnd Trainer::run_steps() {
   if (state_.step > 0 && state_.step != saved_step_) {
     save(log);
   }
+  say_saved(saver_->wait(), log);
   if (log != nullptr) {
-    say_saved(saver_->wait(), *log);
     log->say(config_.train.run_dir + ": ended at step " + std::to_string(state_.step) + ": " +
              ended->reason);
   }
@@ -777,8 +772,7 @@ void Trainer::write_sample(const StepRecord& record, RunLog& log) {
 
 void Trainer::require_finite_weights() const {
   if (const std::string weight = optimizer_->first_nonfinite_weight(); !weight.empty()) {
-    throw std::runtime_error("step " + std::to_string(state_.step) + ": its update left " + weight +
-                             " not finite, so it is not saved. " + how_to_go_on());
+    refuse_nonfinite(weight, state_.step, config_.train.run_dir);
   }
 }
 
@@ -789,15 +783,11 @@ void Trainer::require_same_weights() const {
 }
 
 void Trainer::save(RunLog* log) {
-  require_finite_weights();
   require_same_weights();
+  say_saved(saver_->wait(), log);
+  saver_->start(*optimizer_, state_);
   saved_step_ = state_.step;
   saved_s_ = now_seconds();
-  if (log != nullptr) {
-    say_saved(saver_->wait(), *log);
-    saver_->start(*optimizer_, state_);
-    saved_s_ = now_seconds();
-  }
 }
 
 }  // namespace rwkv

@@ -109,7 +109,6 @@ class Trainer {
   StepResult result_of(LaunchedStep& launched);
   std::string where_not_finite(const StepResult& result, bool is_newest) const;
   std::string samples_not_finite(bool is_newest) const;
-  std::string how_to_go_on() const;
   std::string device_name() const;
   int64_t peak_memory_bytes() const;
   std::optional<RunEnd> end() const;
@@ -147,7 +146,7 @@ class Trainer {
   std::unique_ptr<StepRunner> runner_;
   TrainerState state_;
   std::unique_ptr<BatchLoader> loader_;
-  std::unique_ptr<CheckpointSaver> saver_;  // of the first process; null in a replay
+  std::unique_ptr<CheckpointSaver> saver_;  // null in a replay
   int64_t started_step_ = 0;                // updates done before this start
   double started_s_ = 0;                    // steady clock, and state_.elapsed_s, at the start
   double elapsed_before_s_ = 0;

@@ -21,6 +21,7 @@ using Json = nlohmann::json;
 
 constexpr uint64_t kLengthBytes = 8;
 constexpr uint64_t kMaxHeaderBytes = 100'000'000;
+// Half of a core's L2 cache: what was just hashed is still there when it is written.
 constexpr size_t kPieceBytes = size_t{1} << 18;
 constexpr std::string_view kMetadataKey = "__metadata__";
 // As kMaxTensors: an entry takes more memory than it has bytes in the file.
@@ -344,7 +345,6 @@ WrittenFile write_safetensors(const std::string& path,
   AtomicFile file(path);
   ContentHasher hasher;
   const auto write = [&](std::span<const std::byte> bytes) {
-    // Piece by piece, so that what is hashed is in the cache when it is copied.
     while (!bytes.empty()) {
       const auto piece = bytes.first(std::min(bytes.size(), kPieceBytes));
       hasher.add(piece);

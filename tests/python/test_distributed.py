@@ -8,10 +8,13 @@ import json
 import os
 import pathlib
 import re
+import resource
 import signal
 import socket
 import subprocess
 import time
+
+import safetensors.numpy
 
 import support
 from support import rookery
@@ -26,10 +29,15 @@ def free_port():
         return listener.getsockname()[1]
 
 
+def set_limits(limits):
+    for which, bytes_ in limits:
+        resource.setrlimit(which, (bytes_, bytes_))
+
+
 class Ranks:
     """`rookery train` in several processes, under way."""
 
-    def __init__(self, folder, count, *options):
+    def __init__(self, folder, count, *options, limits=None):
         port = free_port()
         self.logs = [folder / f"rank_{rank}.log" for rank in range(count)]
         self.processes = []
@@ -39,6 +47,7 @@ class Ranks:
                     support.command_line("train", "--config", "run.toml",
                                          *(f"--set={option}" for option in options)),
                     cwd=folder, stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL, stderr=log,
+                    preexec_fn=lambda rank=rank: set_limits((limits or {}).get(rank, ())),
                     env={**support.environment(), "RANK": str(rank), "WORLD_SIZE": str(count),
                          "LOCAL_RANK": str(rank), "LOCAL_WORLD_SIZE": str(count),
                          "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}))
@@ -58,6 +67,13 @@ class Ranks:
 
     def text(self, rank):
         return self.logs[rank].read_text(encoding="utf-8")
+
+
+def saved_tensors(checkpoint):
+    """What a checkpoint's files hold, bit for bit: {file: {tensor: bytes}}."""
+    return {path.name: {name: tensor.tobytes()
+                        for name, tensor in safetensors.numpy.load_file(path).items()}
+            for path in checkpoint.glob("*.safetensors")}
 
 
 class Run(support.Folder):
@@ -107,9 +123,8 @@ class SameRun(Run):
         lines = (self.folder / run_dir / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
         return [json.loads(line)["loss"] for line in lines]
 
-    def optimizer_file(self, run_dir, step=8):
-        return (self.folder / run_dir / "checkpoints" / f"step_{step:08}" /
-                "optimizer.safetensors").read_bytes()
+    def saved(self, run_dir, step=8):
+        return saved_tensors(self.folder / run_dir / "checkpoints" / f"step_{step:08}")
 
     def test_any_number_of_processes_makes_the_same_run(self):
         alone = self.train(1, "one")
@@ -122,7 +137,7 @@ class SameRun(Run):
 
     def test_two_runs_of_as_many_processes_are_equal_bit_for_bit(self):
         self.assertEqual(self.train(2, "first"), self.train(2, "second"))
-        self.assertEqual(self.optimizer_file("first"), self.optimizer_file("second"))
+        self.assertEqual(self.saved("first"), self.saved("second"))
 
     def test_goes_on_with_as_many_processes_bit_for_bit_and_with_others(self):
         whole = self.train(2, "whole")
@@ -133,9 +148,64 @@ class SameRun(Run):
                 resumed = self.train(count, run)
                 if count == 2:
                     self.assertEqual(resumed, whole)
-                    self.assertEqual(self.optimizer_file(run), self.optimizer_file("whole"))
+                    self.assertEqual(self.saved(run), self.saved("whole"))
                 for loss, expected in zip(resumed, whole, strict=True):
                     self.assertAlmostEqual(loss, expected, delta=1e-5)
+
+    def test_every_stage_of_zero_makes_the_same_run(self):
+        # Two micro-batches on one process, one on the others; frozen tensors; bf16 with masters.
+        for options, delta in ((("train.batch_size=8", "train.micro_batch_size=2",
+                                 'optimizer.freeze=["emb.*", "blocks.0.*"]'), 1e-5),
+                               (("train.batch_size=9", "train.dtype=bf16"), 5e-3)):
+            name = f"of_{len(options)}"
+            alone = self.train(1, f"{name}_alone", *options)
+            for count, zero in ((3, 0), (3, 1), (3, 2), (2, 2)):
+                with self.subTest(options=options, count=count, zero=zero):
+                    together = self.train(count, f"{name}_{count}_{zero}", *options,
+                                          f"distributed.zero={zero}")
+                    for loss, expected in zip(together, alone, strict=True):
+                        self.assertAlmostEqual(loss, expected, delta=delta)
+
+    def test_goes_on_with_another_stage_and_another_number_of_processes(self):
+        whole = self.train(2, "whole")
+        for before, after in (((3, 2), (2, 1)), ((2, 1), (1, 0)), ((1, 0), (3, 2)), ((2, 2), (2, 2))):
+            with self.subTest(before=before, after=after):
+                run = f"run_{before}_{after}"
+                for (count, zero), steps in ((before, 4), (after, 8)):
+                    losses = self.train(count, run, f"distributed.zero={zero}",
+                                        f"train.total_steps={steps}")
+                for loss, expected in zip(losses, whole, strict=True):
+                    self.assertAlmostEqual(loss, expected, delta=1e-5)
+                if before == after:
+                    self.train(*before[:1], "undisturbed", f"distributed.zero={before[1]}")
+                    self.assertEqual(self.saved(run), self.saved("undisturbed"))
+
+    def test_each_process_saves_its_share_and_all_read_it_as_one_model(self):
+        self.train(1, "one")
+        self.train(3, "three", "distributed.zero=1")
+        sizes = {name: sum(map(len, tensors.values())) for name, tensors in self.saved("three").items()}
+        self.assertEqual(len(sizes), 6)
+        for stem in ("model", "optimizer"):
+            shares = [size for name, size in sizes.items() if name.startswith(stem)]
+            self.assertLess(max(shares) - min(shares), 1000)
+        for run in ("one", "three"):
+            rookery("convert", run, f"{run}.safetensors", cwd=self.folder)
+            rookery("inspect", f"{run}/checkpoints/step_00000008", cwd=self.folder)
+        one, three = (safetensors.numpy.load_file(self.folder / f"{run}.safetensors")
+                      for run in ("one", "three"))
+        self.assertEqual(one.keys(), three.keys())
+        for name, tensor in one.items():
+            self.assertLess(abs(tensor - three[name]).max(), 1e-3, name)
+
+    def test_a_share_that_is_missing_falls_back_to_the_checkpoint_before(self):
+        whole = self.train(3, "run")
+        (self.folder / "run/checkpoints/step_00000008/optimizer.00001-of-00003.safetensors").unlink()
+        ranks = Ranks(self.folder, 2)
+        self.assertEqual(ranks.wait(), [0, 0], ranks.text(0))
+        self.assertRegex(ranks.text(0), "optimizer.00001-of-00003.safetensors: .*is not whole")
+        self.assertIn("going on from run/checkpoints/step_00000004", ranks.text(0))
+        for loss, expected in zip(self.losses("run"), whole, strict=True):
+            self.assertAlmostEqual(loss, expected, delta=1e-5)
 
     def test_validation_and_mfu_are_of_the_whole_run(self):
         for count, run in ((1, "one"), (2, "two")):
@@ -217,17 +287,52 @@ class Faults(Run):
         self.assertEqual(len(support.checkpoints(self.folder / "run")), 1)
         self.assertIn("SIGTERM asked to stop", ranks.text(0))
 
-    def test_a_loss_that_is_not_finite_ends_all_with_its_process(self):
-        ranks = Ranks(self.folder, 3, *self.LONG, "schedule.lr_init=1e18", "optimizer.clip_norm=0")
+    def test_a_loss_that_is_not_finite_on_one_is_named_by_all(self):
+        # The embedding of a byte that stands in one place of the corpus.
+        support.write_text(self.folder / "text.txt", support.text_lines(300) + ["\x01"] + support.text_lines(300))
+        rookery("tokenize", "--tokenizer", "bytes", "--output", "corpus", "text.txt",
+                cwd=self.folder)
+        ranks = Ranks(self.folder, 1, "train.run_dir=first", "train.total_steps=1")
+        self.assertEqual(ranks.wait(), [0])
+        rookery("convert", "first", "first.safetensors", cwd=self.folder)
+        weights = safetensors.numpy.load_file(self.folder / "first.safetensors")
+        weights["emb.weight"][1] = float("nan")
+        safetensors.numpy.save_file(weights, self.folder / "first.safetensors")
+
+        ranks = Ranks(self.folder, 3, *self.LONG, "init.from=first.safetensors",
+                      "train.log_every_steps=1000")
         self.assertEqual(ranks.wait(), [1, 1, 1])
-        # Of the seven samples of a step each process names its own.
-        for rank, (begin, end) in enumerate(((0, 1), (2, 3), (4, 6))):
-            with self.subTest(rank=rank):
-                found = re.search(rf"step (\d+): loss \S*(nan|inf).* on rank {rank}'s samples "
-                                  r"(\d+) to (\d+);", ranks.text(rank))
-                self.assertIsNotNone(found, ranks.text(rank))
-                first = 7 * (int(found[1]) - 1)
-                self.assertEqual((int(found[3]) - first, int(found[4]) - first), (begin, end))
+        said = {re.search(r"step (\d+): loss nan.*, for emb.weight was not finite before it, on rank "
+                          r"(\d)'s samples (\d+) to (\d+);", ranks.text(rank)).groups()
+                for rank in range(3)}
+        self.assertEqual(len(said), 1, said)
+        step, rank, *samples = map(int, said.pop())
+        share = ((0, 1), (2, 3), (4, 6))[rank]
+        self.assertEqual(tuple(sample - 7 * (step - 1) for sample in samples), share)
+
+    def test_a_save_that_fails_on_one_fails_on_all_and_leaves_nothing(self):
+        ranks = Ranks(self.folder, 3, *self.LONG[:1], "train.save_every_steps=3", "model.n_embd=64",
+                      limits={1: [(resource.RLIMIT_FSIZE, 64 << 10)]})
+        self.assertEqual(ranks.wait(), [1, 1, 1])
+        for rank in range(3):
+            self.assertRegex(ranks.text(rank), "rank 1 cannot write its share of the checkpoint: .*"
+                             "partial_step_00000003/.*File too large")
+        self.assertEqual(support.checkpoints(self.folder / "run"), [])
+
+    def test_a_process_killed_in_a_save_leaves_the_checkpoint_before(self):
+        whole = self.folder / "run/checkpoints"
+        ranks = Ranks(self.folder, 2, "train.total_steps=1000000", "train.save_every_steps=1")
+        self.addCleanup(ranks.kill)
+        end = time.monotonic() + DEADLINE_S
+        while not (len(list(whole.glob("step_*"))) > 2 and list(whole.glob("partial_*"))):
+            self.assertLess(time.monotonic(), end, ranks.text(0))
+        ranks.processes[1].kill()
+        self.assertEqual(ranks.wait(), [1, -signal.SIGKILL])
+        newest = max(int(path.name[5:]) for path in whole.glob("step_*"))
+        ranks = Ranks(self.folder, 2, f"train.total_steps={newest + 2}")
+        self.assertEqual(ranks.wait(), [0, 0], ranks.text(0))
+        self.assertIn(f"going on from run/checkpoints/step_{newest:08}", ranks.text(0))
+        self.assertEqual(list(whole.glob("partial_*")), [])
 
 
 class Launcher(Run):
@@ -279,9 +384,8 @@ class Launcher(Run):
         self.assertEqual(launcher.wait(DEADLINE_S), 0, self.log())
         for run in ("whole", "run"):
             self.assertIn("step_00000400", support.checkpoints(self.folder / run))
-        last = [(self.folder / run / "checkpoints" / "step_00000400" / "optimizer.safetensors")
-                .read_bytes() for run in ("whole", "run")]
-        self.assertEqual(*last)
+        self.assertEqual(*(saved_tensors(self.folder / run / "checkpoints/step_00000400")
+                           for run in ("whole", "run")))
 
     def test_a_signal_to_the_launcher_saves_and_ends(self):
         launcher = self.start("--set", "train.total_steps=1000000",

@@ -1,6 +1,7 @@
 #include <algorithm>
+#include <cmath>
 #include <filesystem>
-#include <numeric>
+#include <memory>
 
 #include <ATen/ATen.h>
 
@@ -176,6 +177,23 @@ TEST(Checkpoint, ThatIsAbandonedLeavesNothing) {
   EXPECT_TRUE(std::filesystem::is_empty(folder.path("run/checkpoints")));
 }
 
+TEST(Checkpoint, IsNeverOfWeightsThatAreNotFinite) {
+  const Trained trained(1);
+  for (const float wrong : {NAN, INFINITY, -INFINITY}) {
+    const test::TempFolder folder;
+    const CheckpointSettings settings = settings_for(folder);
+    CheckpointPieces pieces;
+    trained.optimizer->copy_state(pieces);
+    pieces.weights[3].values[-1] = wrong;
+    const TrainerState state = state_after(settings, 2);
+    EXPECT_THAT(THROWN_TEXT(std::runtime_error, save_checkpoint(settings, pieces, state)),
+                AllOf(HasSubstr("step 2: its update left " + pieces.weights[3].name +
+                                " not finite, so it is not saved"),
+                      HasSubstr("There is no checkpoint yet")));
+    EXPECT_TRUE(std::filesystem::is_empty(folder.path("run/checkpoints")));
+  }
+}
+
 TEST(Checkpoint, NeedsRoomOnTheDisk) {
   const test::TempFolder folder;
   const CheckpointSettings settings = settings_for(folder);
@@ -287,6 +305,7 @@ TEST(CheckpointSaver, SavesWhatWasThereWhenItBegan) {
   EXPECT_EQ(saver.wait(), std::nullopt);
   saver.start(*trained.optimizer, state);
   // The next step.
+  saver.wait_for_copy();
   trained.optimizer->update(at::scalar_tensor(1.0));
   const auto path = saver.wait();
   ASSERT_TRUE(path.has_value());
@@ -304,12 +323,13 @@ TEST(CheckpointSaver, HandsOnWhatItFailedWith) {
   CheckpointSaver saver(settings);
   test::write_file(folder.path("run"), "in the way");
   saver.start(*trained.optimizer, state_after(settings, 2));
-  saver.settle();
-  EXPECT_THAT(THROWN_TEXT(std::filesystem::filesystem_error, saver.take_saved()),
+  EXPECT_THAT(THROWN_TEXT(std::filesystem::filesystem_error, saver.settle()),
               HasSubstr("run/checkpoints"));
   std::filesystem::remove(folder.path("run"));
   saver.start(*trained.optimizer, state_after(settings, 3));
+  saver.settle();
   EXPECT_TRUE(saver.wait().has_value());
+  EXPECT_FALSE(saver.wait().has_value());
 }
 
 }  // namespace

@@ -8,10 +8,12 @@
 
 #include <spdlog/fmt/fmt.h>
 
+#include "data/content_hash.h"
+
 namespace rwkv {
 namespace {
 
-// Words at once: what is made of them takes 16 times their bytes.
+// Words of a GPU's at once: what is made of them takes 16 times their bytes.
 constexpr int64_t kWords = int64_t{1} << 22;
 
 // Odd factors have inverses modulo 2^64: no change of a single word is lost, nor is an exchange of
@@ -30,16 +32,23 @@ at::Tensor weighted_sum(const at::Tensor& words, int64_t position) {
 
 int64_t weights_fingerprint(RwkvModel model) {
   const at::NoGradGuard no_grad;
+  ContentHasher hasher;
   at::Tensor sum;
   int64_t position = 0;
   for (const auto& item : model->named_parameters()) {
     const at::Tensor flat = item.value().detach().contiguous().view({-1});
+    if (flat.is_cpu()) {
+      hasher.add({static_cast<const std::byte*>(flat.const_data_ptr()), flat.nbytes()});
+      continue;
+    }
     const at::Tensor words = flat.view(flat.element_size() == 2 ? at::kShort : at::kInt);
     const at::Tensor of_this = weighted_sum(words, position);
     sum = sum.defined() ? sum + of_this : of_this;
     position += words.numel();
   }
-  return sum.item<int64_t>();
+  return sum.defined()
+             ? sum.item<int64_t>()
+             : static_cast<int64_t>(std::stoull(hasher.hash().substr(0, 16), nullptr, 16));
 }
 
 std::string find_drift(std::span<const int64_t> fingerprints) {
