@@ -22,6 +22,12 @@ DEADLINE_S = 120
 LONG = {"total_steps": 1_000_000, "log_every_steps": 1}
 
 
+def cpu_seconds(pid):
+    """What a process has used, of all cores together."""
+    fields = pathlib.Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
+    return (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
+
+
 class Life(support.Folder):
     def setUp(self):
         super().setUp()
@@ -139,7 +145,9 @@ class Stops(Life):
         self.addCleanup(process.stderr.close)
         self.addCleanup(process.kill)
         self.wait_for(lambda: (self.folder / "run/starts.jsonl").exists(), process)
-        time.sleep(0.5)
+        # It computes: a machine that is busy otherwise may take long to come to that.
+        begun = cpu_seconds(process.pid)
+        self.wait_for(lambda: cpu_seconds(process.pid) > begun + 1, process)
         process.send_signal(signal.SIGINT)
         time.sleep(0.5)
         self.assertIsNone(process.poll())
