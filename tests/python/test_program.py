@@ -442,6 +442,18 @@ class Bench(support.Folder):
             self.assertGreater(row["plain_ms"], 0)
             self.assertGreater(row["floor_ms"], 0)
 
+    def test_of_a_save_leaves_nothing(self):
+        rows = self.rows("save", "--folder", self.folder, "--megabytes", 20, "--repeats", 1)
+        self.assertEqual([row["what"] for row in rows],
+                         ["a plain file, fsync", "a checkpoint", "the copy of it in memory"])
+        plain, checkpoint, copy = rows
+        self.assertAlmostEqual(checkpoint["of_plain"],
+                               plain["median_ms"] / checkpoint["median_ms"], places=4)
+        self.assertAlmostEqual(checkpoint["mb_per_s"], 20e3 / checkpoint["median_ms"],
+                               delta=0.01 * checkpoint["mb_per_s"])
+        self.assertLess(copy["median_ms"], checkpoint["median_ms"])
+        self.assertEqual(support.listing(self.folder), {})
+
     def test_of_the_start_ends_with_the_first_step_and_leaves_nothing(self):
         with unittest.mock.patch.dict(os.environ, TMPDIR=str(self.folder)):
             helped, trained = self.rows("startup", "--repeats", 1)

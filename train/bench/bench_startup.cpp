@@ -2,7 +2,6 @@
 
 #include <chrono>
 #include <csignal>
-#include <cstdlib>
 #include <cstring>
 #include <filesystem>
 #include <random>
@@ -16,6 +15,7 @@
 
 #include "data/atomic_file.h"
 #include "data/binidx.h"
+#include "train/bench/temporary_folder.h"
 
 namespace rwkv {
 namespace {
@@ -23,28 +23,6 @@ namespace {
 namespace fs = std::filesystem;
 
 constexpr int64_t kCorpusTokens = 100'000;
-
-// Removed with all it holds when the object goes.
-class TemporaryFolder {
- public:
-  TemporaryFolder() {
-    std::string name = (fs::temp_directory_path() / "rookery_bench_XXXXXX").string();
-    if (mkdtemp(name.data()) == nullptr) {
-      throw std::runtime_error(name + ": the folder cannot be made; is there room in it?");
-    }
-    path_ = name;
-  }
-  ~TemporaryFolder() {
-    std::error_code ignored;
-    fs::remove_all(path_, ignored);
-  }
-  TemporaryFolder(const TemporaryFolder&) = delete;
-  TemporaryFolder& operator=(const TemporaryFolder&) = delete;
-  std::string operator/(const char* name) const { return (path_ / name).string(); }
-
- private:
-  fs::path path_;
-};
 
 // A running program; killed, if it still runs, when the object goes.
 class Process {

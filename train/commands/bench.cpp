@@ -10,6 +10,7 @@
 #include "data/tokenizer_registry.h"
 #include "train/bench/bench_model.h"
 #include "train/bench/bench_ops.h"
+#include "train/bench/bench_save.h"
 #include "train/bench/bench_startup.h"
 #include "train/bench/bench_tokenizer.h"
 #include "train/commands/commands.h"
@@ -294,6 +295,26 @@ int bench_tokenizer_command(int argc, char** argv) {
   return 0;
 }
 
+int bench_save_command(int argc, char** argv) {
+  cxxopts::Options options("rookery bench save",
+                           "Times the saving of a checkpoint beside a plain file of as many bytes, "
+                           "each until it is on the\ndisk.\n");
+  cxxopts::OptionAdder add = options.add_options();
+  add("folder", "on the disk to be timed", value<std::string>()->default_value("."));
+  add("megabytes", "of weights and moments", value<int64_t>()->default_value("1000"));
+  add_repeat_options(add, "5");
+  const auto parsed =
+      parse_options(options, argc, argv, "rookery bench save --folder runs --megabytes 2000", {});
+  if (!parsed) {
+    return 0;
+  }
+  report(*parsed,
+         bench_save((*parsed)["folder"].as<std::string>(),
+                    positive(*parsed, "megabytes") * 1'000'000,
+                    positive(*parsed, "repeats")));
+  return 0;
+}
+
 int bench_startup_command(int argc, char** argv) {
   cxxopts::Options options("rookery bench startup",
                            "Times the program's start: of its help, and of training up to the end "
@@ -320,6 +341,7 @@ constexpr Benchmark kBenchmarks[] = {
     {"decode", "prefill and single tokens", &bench_decode_command},
     {"ops", "each op beside the same maths in LibTorch's ops", &bench_ops_command},
     {"tokenizer", "text to tokens", &bench_tokenizer_command},
+    {"save", "a checkpoint, beside the disk", &bench_save_command},
     {"startup", "from the command line to the first step", &bench_startup_command},
 };
 
