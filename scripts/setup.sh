@@ -22,7 +22,7 @@ readonly corpus_packages=(bible-kjv)
 # clang comes with libFuzzer and the sanitizers: it builds what scripts/fuzz.sh runs. chromium shows
 # the report's page to its tests.
 readonly test_packages=(
-  libgtest-dev libgmock-dev clang-format clang libclang-rt-14-dev chromium
+  libgtest-dev libgmock-dev clang-format clang libclang-rt-14-dev chromium iproute2
 )
 
 readonly venv=.deps/venv
