@@ -133,7 +133,8 @@ class TwoHosts(support.Folder):
         for node in range(2):
             self.assertRegex(
                 self.log(node),
-                rf"step \d+: (.* failed on rank {node}: )?.*rank {1 - node}(,| has not been)")
+                rf"step \d+: (in the [^:]+|the .* failed on rank {node}): "
+                rf".*rank {1 - node}(,| has not been)")
 
     def test_make_the_run_of_two_processes_bit_for_bit(self):
         self.assertEqual(self.wait(self.start()), [0, 0], self.logs())

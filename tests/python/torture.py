@@ -228,8 +228,8 @@ class Launch:
                  LAST_BREATH_S, 0.01)
         # One that is dying has no environment any more, but its files still.
         wait_for(self.is_unlocked, "the end of who holds the run's lock", LAST_BREATH_S, 0.01)
-        left = self.sockets & listening_sockets()
-        expect(not left, "sockets are still listened at:", left)
+        wait_for(lambda: not self.sockets & listening_sockets(),
+                 "the end of the sockets that were listened at", LAST_BREATH_S, 0.01)
 
 
 class Tally:
