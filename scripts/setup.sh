@@ -20,9 +20,10 @@ readonly build_packages=(
 # The text of scripts/quickstart.sh: 31,102 verses in the public domain.
 readonly corpus_packages=(bible-kjv)
 # clang comes with libFuzzer and the sanitizers: it builds what scripts/fuzz.sh runs. chromium shows
-# the report's page to its tests.
+# the report's page to its tests. iproute2 joins two network namespaces, libfaketime sets clocks wrong.
 readonly test_packages=(
-  libgtest-dev libgmock-dev clang-format clang libclang-rt-14-dev chromium
+  libgtest-dev libgmock-dev clang-format clang libclang-rt-14-dev chromium iproute2
+  libfaketime
 )
 
 readonly venv=.deps/venv

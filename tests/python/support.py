@@ -23,11 +23,16 @@ _LOG_LINE = re.compile(r"\d\d:\d\d:\d\d ")
 
 def main():
     """Runs the tests of the script that calls."""
-    global _program
     if len(sys.argv) < 2:
         sys.exit(f"usage: {sys.argv[0]} PATH_OF_ROOKERY")
-    _program = os.path.abspath(sys.argv.pop(1))
+    use_program(sys.argv.pop(1))
     unittest.main(module="__main__")
+
+
+def use_program(path):
+    """Names the program that all functions here run."""
+    global _program
+    _program = os.path.abspath(path)
 
 
 def missing(what):

@@ -9,6 +9,7 @@ import os
 import pathlib
 import re
 import resource
+import shutil
 import signal
 import socket
 import subprocess
@@ -21,6 +22,7 @@ from support import rookery
 
 DEADLINE_S = 120
 TIMEOUT_S = 5  # the least that distributed.timeout_s may be
+FAKE_TIME = pathlib.Path("/usr/lib/x86_64-linux-gnu/faketime/libfaketimeMT.so.1")
 
 
 def free_port():
@@ -34,10 +36,20 @@ def set_limits(limits):
         resource.setrlimit(which, (bytes_, bytes_))
 
 
-class Ranks:
-    """`rookery train` in several processes, under way."""
+def clock(offset):
+    """Variables of a process whose wall clock is off; durations stay what they are."""
+    if offset is None:
+        return {}
+    if not FAKE_TIME.exists():
+        support.missing(f"{FAKE_TIME}; install Debian's libfaketime")
+    return {"LD_PRELOAD": str(FAKE_TIME), "FAKETIME": offset, "FAKETIME_DONT_FAKE_MONOTONIC": "1"}
 
-    def __init__(self, folder, count, *options, limits=None):
+
+class Ranks:
+    """`rookery train` in several processes, under way. By rank, `limits` are their resource limits, and
+    `clocks` how far their clocks are off, as "+1d"."""
+
+    def __init__(self, folder, count, *options, limits=None, clocks=None):
         port = free_port()
         self.logs = [folder / f"rank_{rank}.log" for rank in range(count)]
         self.processes = []
@@ -50,7 +62,8 @@ class Ranks:
                     preexec_fn=lambda rank=rank: set_limits((limits or {}).get(rank, ())),
                     env={**support.environment(), "RANK": str(rank), "WORLD_SIZE": str(count),
                          "LOCAL_RANK": str(rank), "LOCAL_WORLD_SIZE": str(count),
-                         "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}))
+                         "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port),
+                         **clock(clocks[rank] if clocks else None)}))
 
     def wait(self):
         """Their exit codes."""
@@ -113,8 +126,8 @@ class Run(support.Folder):
 
 
 class SameRun(Run):
-    def train(self, count, run_dir, *options):
-        ranks = Ranks(self.folder, count, f"train.run_dir={run_dir}", *options)
+    def train(self, count, run_dir, *options, **how):
+        ranks = Ranks(self.folder, count, f"train.run_dir={run_dir}", *options, **how)
         codes = ranks.wait()
         self.assertEqual(codes, [0] * count, "\n".join(map(ranks.text, range(count))))
         return self.losses(run_dir)
@@ -197,15 +210,52 @@ class SameRun(Run):
         for name, tensor in one.items():
             self.assertLess(abs(tensor - three[name]).max(), 1e-3, name)
 
-    def test_a_share_that_is_missing_falls_back_to_the_checkpoint_before(self):
-        whole = self.train(3, "run")
-        (self.folder / "run/checkpoints/step_00000008/optimizer.00001-of-00003.safetensors").unlink()
-        ranks = Ranks(self.folder, 2)
-        self.assertEqual(ranks.wait(), [0, 0], ranks.text(0))
-        self.assertRegex(ranks.text(0), "optimizer.00001-of-00003.safetensors: .*is not whole")
-        self.assertIn("going on from run/checkpoints/step_00000004", ranks.text(0))
-        for loss, expected in zip(self.losses("run"), whole, strict=True):
-            self.assertAlmostEqual(loss, expected, delta=1e-5)
+    def damage(self, run, what):
+        """To the checkpoint of step 8."""
+        checkpoint = self.folder / run / "checkpoints/step_00000008"
+        shard = sorted(checkpoint.glob("optimizer*.safetensors"))[-1]
+        if what == "a flipped bit":
+            support.flip_bit(shard)
+        elif what == "a missing shard":
+            shard.unlink()
+        else:
+            self.train(2, "other", "train.seed=2")
+            shutil.copy(self.folder / "other/checkpoints/step_00000008/manifest.json", checkpoint)
+
+    def test_a_checkpoint_that_is_not_whole_is_passed_over_by_all(self):
+        whole = self.train(2, "whole")
+        for number, (what, words) in enumerate((
+                ("a flipped bit", "its contents have changed"),
+                ("a missing shard", "is missing"),
+                ("the manifest of another run", "its contents have changed"))):
+            with self.subTest(what):
+                run = f"damaged_{number}"
+                self.train(2, run)
+                self.damage(run, what)
+                ranks = Ranks(self.folder, 2, f"train.run_dir={run}")
+                self.assertEqual(ranks.wait(), [0, 0], ranks.text(0))
+                self.assertRegex(ranks.text(0), f"step_00000008/.*{words}.*an older one is taken")
+                self.assertIn(f"going on from {run}/checkpoints/step_00000004", ranks.text(0))
+                self.assertEqual(self.losses(run), whole)
+                self.assertEqual(self.saved(run), self.saved("whole"))
+
+    def test_clocks_that_differ_and_go_back_change_nothing(self):
+        whole = self.train(2, "whole")
+        self.train(2, "run", "train.total_steps=6", clocks=(None, "+400d"))
+        # The older the checkpoint, the newer its files, and all are of days to come.
+        for age, name in enumerate(support.checkpoints(self.folder / "run")):
+            checkpoint = self.folder / "run/checkpoints" / name
+            future = time.time() + 1e7 / (1 + age)
+            for path in (*checkpoint.iterdir(), checkpoint):
+                os.utime(path, (future, future))
+        resumed = self.train(2, "run", clocks=("-30d", "+1h"))
+        starts = [json.loads(line) for line in
+                  (self.folder / "run/starts.jsonl").read_text(encoding="utf-8").splitlines()]
+        self.assertEqual([start["step"] for start in starts], [0, 6])
+        # That the clock did go back.
+        self.assertLess(starts[1]["time"], starts[0]["time"] - 20 * 86400)
+        self.assertEqual(resumed, whole)
+        self.assertEqual(self.saved("run"), self.saved("whole"))
 
     def test_validation_and_mfu_are_of_the_whole_run(self):
         for count, run in ((1, "one"), (2, "two")):

@@ -3,6 +3,7 @@
 #include <condition_variable>
 #include <cstdlib>
 #include <functional>
+#include <list>
 #include <map>
 #include <mutex>
 #include <thread>
@@ -148,6 +149,25 @@ class Presence {
     return activity_.empty() ? "" : activity_ + ": ";
   }
 
+  // While it lives, this process is in the operation `what`, which an end in it names.
+  class Operation {
+   public:
+    Operation(Presence& presence, const char* what) : presence_(presence) {
+      const std::lock_guard lock(presence_.mutex_);
+      place_ = presence_.operations_.insert(presence_.operations_.end(), what);
+    }
+    ~Operation() {
+      const std::lock_guard lock(presence_.mutex_);
+      presence_.operations_.erase(place_);
+    }
+    Operation(const Operation&) = delete;
+    Operation& operator=(const Operation&) = delete;
+
+   private:
+    Presence& presence_;
+    std::list<const char*>::iterator place_;
+  };
+
   void announce_failure(const std::string& reason) {
     {
       const std::lock_guard lock(mutex_);
@@ -249,10 +269,20 @@ class Presence {
       }
     }
     if (!lost.empty()) {
-      spdlog::critical("{}{}; so rank {} ends", activity(), lost, placement_.rank);
+      spdlog::critical("{}{}{}; so rank {} ends", activity(), operations(), lost, placement_.rank);
       spdlog::default_logger()->flush();
       std::_Exit(1);
     }
+  }
+
+  // Of any thread: a save may wait beside the step.
+  std::string operations() {
+    const std::lock_guard lock(mutex_);
+    std::string words;
+    for (const char* what : operations_) {
+      words += fmt::format("{}{}", words.empty() ? "in " : " and ", what);
+    }
+    return words.empty() ? "" : words + ": ";
   }
 
   std::string words_of_the_failed() {
@@ -299,6 +329,7 @@ class Presence {
   std::mutex mutex_;
   std::condition_variable changed_;
   std::string activity_;
+  std::list<const char*> operations_;
   Clock::time_point contact_;  // last, with the store
   std::vector<Heard> heard_;
   std::map<int64_t, std::string> failed_;
@@ -385,6 +416,7 @@ class Communicator::Impl {
   // Runs `work`, whose errors are said in full.
   template <typename Work>
   auto guarded(const char* what, const Work& work) -> decltype(work()) {
+    const Presence::Operation operation(*presence_, what);
     try {
       return work();
     } catch (const std::exception& error) {
