@@ -247,6 +247,9 @@ void Trainer::prepare(std::optional<int64_t> before_step) {
                               .tokens_seen = saved.state.tokens,
                               .samples_per_epoch = order_.samples_per_epoch()});
     state_ = saved.state;
+    if (!config_.train.skip_outliers_z) {
+      state_.outliers.forget();
+    }
     saved_step_ = state_.step;
   } else {
     make_initial_weights();
@@ -353,7 +356,13 @@ std::optional<Trainer::LaunchedStep> Trainer::launch_step() {
     }
     add_micro_batch();
   }
-  LaunchedStep launched{.before = state_, .lr = lr, .numbers = runner_->finish_step(lr)};
+  OutlierLimits limits;
+  if (const auto& z = config_.train.skip_outliers_z) {
+    limits = state_.outliers.limits(state_.step + 1, *z);
+    optimizer_->set_limits(limits.loss, limits.gradient_norm);
+  }
+  LaunchedStep launched{
+      .before = state_, .lr = lr, .limits = limits, .numbers = runner_->finish_step(lr)};
   ++state_.step;
   state_.samples += config_.batch_sequences();
   state_.tokens += config_.tokens_per_step();
@@ -362,13 +371,27 @@ std::optional<Trainer::LaunchedStep> Trainer::launch_step() {
 
 StepResult Trainer::result_of(LaunchedStep& launched) {
   const StepNumbers numbers = launched.numbers.wait();
-  const StepResult result{
-      .loss = numbers.loss, .grad_norm = numbers.gradient_norm, .lr = launched.lr};
+  StepResult result{.loss = numbers.loss, .grad_norm = numbers.gradient_norm, .lr = launched.lr};
   if (numbers.skipped) {
     // Neither it nor any step after it has changed a weight.
     const bool is_newest = state_.step == launched.before.step + 1;
     state_ = launched.before;
     throw std::runtime_error(where_not_finite(result, is_newest));
+  }
+  if (!config_.train.skip_outliers_z) {
+    return result;
+  }
+  const int64_t step = launched.before.step + 1;
+  if (numbers.outlier) {
+    state_.outliers.add_skipped();
+    result.skipped = {.step = step,
+                      .first_sample = launched.before.samples,
+                      .last_sample = launched.before.samples + config_.batch_sequences() - 1,
+                      .loss = result.loss,
+                      .gradient_norm = result.grad_norm,
+                      .limits = launched.limits};
+  } else {
+    state_.outliers.add_applied(step, result.loss, result.grad_norm);
   }
   return result;
 }
@@ -664,9 +687,25 @@ bool Trainer::is_work_due() const {
          (communicator_ != nullptr && is_step_of(config_.distributed.compare_weights_every_steps));
 }
 
-StepRecord Trainer::record_of(LaunchedStep& launched, ProgressMeter& meter) {
+void Trainer::note_outlier(const SkippedStep& skipped, RunLog* log) const {
+  if (log != nullptr) {
+    log->add_skipped(skipped, wall_clock_seconds());
+  }
+  if (state_.outliers.num_in_a_row() == OutlierGuard::kMostInARow) {
+    throw std::runtime_error(describe(skipped) + "; it is the " +
+                             std::to_string(OutlierGuard::kMostInARow) +
+                             "th in a row that was skipped, so it is not the steps: the loss has "
+                             "changed for good. Look at the corpus there, or go on with a larger "
+                             "train.skip_outliers_z or without it");
+  }
+}
+
+StepRecord Trainer::record_of(LaunchedStep& launched, ProgressMeter& meter, RunLog* log) {
   const TrainConfig& train = config_.train;
   const StepResult result = result_of(launched);
+  if (result.skipped) {
+    note_outlier(*result.skipped, log);
+  }
   StepRecord record =
       meter.finish_step({.step = launched.before.step + 1,
                          .total_steps = total_steps_,
@@ -701,13 +740,13 @@ void Trainer::add_record(const StepRecord& record, bool is_logged, RunLog* log) 
 }
 
 void Trainer::log_step(LaunchedStep& launched, ProgressMeter& meter, RunLog* log) {
-  const StepRecord record = record_of(launched, meter);
+  const StepRecord record = record_of(launched, meter, log);
   add_record(record, record.step % config_.train.log_every_steps == 0, log);
 }
 
 void Trainer::finish_step(LaunchedStep& launched, ProgressMeter& meter, RunLog* log) {
   const TrainConfig& train = config_.train;
-  StepRecord record = record_of(launched, meter);
+  StepRecord record = record_of(launched, meter, log);
   const double pause_s = now_seconds();
   if (is_step_of(config_.distributed.compare_weights_every_steps)) {
     require_same_weights();
