@@ -28,6 +28,7 @@
 #include "train/machine_rates.h"
 #include "train/model_tokenizer.h"
 #include "train/op_checks.h"
+#include "train/plan_report.h"
 #include "train/run_setup.h"
 #include "train/stop_signal.h"
 #include "train/version.h"
@@ -632,6 +633,20 @@ void Trainer::write_start(RunLog& log) const {
                   at::get_num_threads(),
                   matrix_flops_per_s_ / 1e9,
                   matrix_flops_per_s_ / flops_per_token_));
+  if (model.version == "rwkv4") {
+    // Nothing else can be planned. The last process has one of the largest shares.
+    const int64_t rank = placement_.world_size - 1;
+    log.say(
+        memory_as_line({.model = model,
+                        .micro_batch_size = micro_batch_rows(rank),
+                        .micro_batches = micro_batches(rank),
+                        .dtype = config_.train.dtype,
+                        .recompute = config_.train.recompute,
+                        .device = device_.runtime == nullptr ? PlanDevice::kCpu : PlanDevice::kCuda,
+                        .processes = placement_.world_size,
+                        .zero_stage = optimizer_->sharding().zero_stage,
+                        .freeze = config_.optimizer.freeze}));
+  }
 }
 
 std::optional<RunEnd> Trainer::end() const {
