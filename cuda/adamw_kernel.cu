@@ -98,7 +98,9 @@ __global__ void begin_adamw_kernel(AdamwNumbers* numbers,
   if (!is_finite(norm) || !is_finite(*loss)) {
     numbers->skip = 1;
   }
-  if (numbers->skip == 0) {
+  const bool is_outlier = *loss > numbers->loss_limit || norm > numbers->gradient_norm_limit;
+  numbers->outlier = is_outlier ? 1 : 0;
+  if (numbers->skip == 0 && !is_outlier) {
     numbers->steps += 1;
   }
 }
@@ -265,7 +267,7 @@ __global__ void __launch_bounds__(kThreads, kBlocksPerMultiprocessor)
                  const __grid_constant__ AdamwRanges ranges,
                  const AdamwFactors factors,
                  const AdamwNumbers* numbers) {
-  if (numbers->skip != 0) {
+  if (numbers->skip != 0 || numbers->outlier != 0) {
     return;
   }
   RangeFactors* of_range = static_cast<RangeFactors*>(shared_memory());

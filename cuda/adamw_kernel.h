@@ -25,7 +25,8 @@ template <typename Element>
 cudaError_t launch_add_sum_of_squares(
     const Element* x, int64_t n, double* scratch, double* sum, cudaStream_t stream);
 
-// A step's numbers, in the order of ops::AdamwControl. `lr` and `steps` are the caller's to set.
+// A step's numbers, in the order of ops::AdamwControl. `lr`, `steps` and the limits are the
+// caller's to set.
 struct AdamwNumbers {
   double lr;
   double steps;  // updates done
@@ -33,11 +34,15 @@ struct AdamwNumbers {
   double gradient_norm;  // before clipping
   double clip;           // min(1, clip_norm / (gradient_norm + 1e-6))
   double skip;           // not 0: no update is made until the caller clears it
+  double outlier;        // not 0: this update is not made
+  double loss_limit;     // above it a step is an outlier
+  double gradient_norm_limit;
 };
 
 // From the sum of squares of the whole gradient and the loss, fp64 [1] each: loss, norm and clip
-// factor. A loss or norm that is not finite sets skip, and nothing clears it here; a step that is
-// not skipped is counted. clip_norm = 0 turns clipping off: the factor is 1.
+// factor. A loss or norm that is not finite sets skip, and nothing clears it here; one above its
+// limit sets outlier, for this step. A step that is neither is counted. clip_norm = 0 turns
+// clipping off: the factor is 1.
 cudaError_t launch_begin_adamw(AdamwNumbers* numbers,
                                const double* sum_of_squares,
                                const double* loss,
@@ -82,9 +87,10 @@ struct AdamwUpdate {
   AdamwFactors factors{};
   const AdamwNumbers* numbers = nullptr;  // as launch_begin_adamw has left them
 };
-// Updates the elements in the ranges; nothing if the numbers say skip. Arithmetic is fp32, each
-// element's own, and the same for a whole and a split master. Buffers must begin at a multiple of
-// 16 bytes: cudaErrorMisalignedAddress. cudaErrorInvalidValue for more ranges than the table holds.
+// Updates the elements in the ranges; nothing if the numbers say skip or outlier. Arithmetic is
+// fp32, each element's own, and the same for a whole and a split master. Buffers must begin at a
+// multiple of 16 bytes: cudaErrorMisalignedAddress. cudaErrorInvalidValue for more ranges than the
+// table holds.
 template <typename Gradient>
 cudaError_t launch_adamw(const AdamwUpdate<Gradient>& arguments, cudaStream_t stream);
 

@@ -49,6 +49,11 @@ void check_state(const SavedRun& saved, const std::string& path) {
         " samples and " + std::to_string(state.tokens) + " tokens, expected " +
         std::to_string(samples) + " and " + std::to_string(tokens) + " of them a step");
   }
+  const int64_t skipped = state.outliers.num_skipped();
+  if (skipped < 0 || skipped > state.step) {
+    throw std::runtime_error(path + ": " + std::to_string(skipped) +
+                             " steps were skipped, expected 0 to " + std::to_string(state.step));
+  }
 }
 
 // Calls `read`; its errors say what to do about a checkpoint that is no longer whole.
@@ -80,7 +85,10 @@ SavedRun read_saved(const std::string& checkpoint) {
                    .samples = json.at("samples"),
                    .tokens = json.at("tokens"),
                    .corpus = json.value("corpus", ""),
-                   .elapsed_s = json.value("elapsed_s", 0.0)};
+                   .elapsed_s = json.value("elapsed_s", 0.0),
+                   .outliers = json.contains("outliers")
+                                   ? OutlierGuard::from_json(json.at("outliers"))
+                                   : OutlierGuard()};
   } catch (const nlohmann::json::exception& error) {
     throw std::runtime_error(state_path + ": not the state of a trainer: " + error.what());
   }
@@ -138,12 +146,15 @@ std::string finish_checkpoint(const CheckpointSettings& settings,
   const fs::path folder = checkpoints_folder(run_dir);
   const fs::path final_path = folder / checkpoint_name(state.step);
   const fs::path partial = partial_path(settings, state.step);
-  const nlohmann::ordered_json progress = {{"step", state.step},
-                                           {"samples", state.samples},
-                                           {"tokens", state.tokens},
-                                           {"corpus", state.corpus},
-                                           {"elapsed_s", state.elapsed_s},
-                                           {"processes", num_processes}};
+  nlohmann::ordered_json progress = {{"step", state.step},
+                                     {"samples", state.samples},
+                                     {"tokens", state.tokens},
+                                     {"corpus", state.corpus},
+                                     {"elapsed_s", state.elapsed_s},
+                                     {"processes", num_processes}};
+  if (!state.outliers.is_empty()) {
+    progress["outliers"] = state.outliers.to_json();
+  }
   files.push_back(write_text(partial, "trainer.json", progress.dump(2) + "\n"));
   files.push_back(write_text(partial, "config.toml", to_toml(settings.config)));
   write_text(partial,
@@ -212,7 +223,9 @@ SavedRun read_saved_run(const std::string& checkpoint) {
 void load_optimizer(const std::string& checkpoint,
                     const TrainerState& state,
                     Optimizer& optimizer) {
-  read_whole([&] { optimizer.load(open_checkpoint(checkpoint), state.step); });
+  read_whole([&] {
+    optimizer.load(open_checkpoint(checkpoint), state.step - state.outliers.num_skipped());
+  });
 }
 
 }  // namespace rwkv

@@ -7,7 +7,8 @@
 //     optimizer.safetensors  AdamW's moments as m.<name> and v.<name>, fp32
 //     trainer.json           step, tokens and samples seen: data position and schedule follow; the
 //                            seconds that it took; the fingerprint of the corpus; how many
-//                            processes wrote the checkpoint
+//                            processes wrote the checkpoint; what outliers are compared with
+//                            (train/outlier_guard.h), if they are skipped
 //     config.toml            the resolved configuration
 //     manifest.json          every other file with its size and checksum (train/manifest.h)
 // Of several processes each writes what it holds, model.00000-of-00002.safetensors and so on
@@ -26,17 +27,19 @@
 #include "train/checkpoint_tensors.h"
 #include "train/manifest.h"
 #include "train/optimizer.h"
+#include "train/outlier_guard.h"
 #include "train/run_config.h"
 #include "train/run_folder.h"
 
 namespace rwkv {
 
 struct TrainerState {
-  int64_t step = 0;      // updates done
+  int64_t step = 0;      // steps done, skipped outliers included
   int64_t samples = 0;   // samples consumed: the next one has this number
   int64_t tokens = 0;    // tokens trained on
   std::string corpus;    // BinidxFile::fingerprint() of data.train; empty: unknown
   double elapsed_s = 0;  // seconds of training, those before restarts included
+  OutlierGuard outliers = {};
 };
 
 // What all checkpoints of a run have in common.

@@ -68,7 +68,8 @@ StepNumbers read_step_numbers(const at::Tensor& control) {
   const auto* at = control.const_data_ptr<double>();
   return {.loss = at[ops::kControlLoss],
           .gradient_norm = at[ops::kControlGradientNorm],
-          .skipped = at[ops::kControlSkip] != 0};
+          .skipped = at[ops::kControlSkip] != 0,
+          .outlier = at[ops::kControlOutlier] != 0};
 }
 
 Optimizer::Optimizer(RwkvModel model,
@@ -446,6 +447,11 @@ void Optimizer::set_lr(double lr) {
   control_.select(0, ops::kControlLr).fill_(lr);
 }
 
+void Optimizer::set_limits(double loss, double gradient_norm) {
+  control_.select(0, ops::kControlLossLimit).fill_(loss);
+  control_.select(0, ops::kControlGradientNormLimit).fill_(gradient_norm);
+}
+
 void Optimizer::update(const at::Tensor& loss) {
   begin_update(sum_of_squares(), loss);
   for (size_t bucket = 0; bucket < buckets_.size(); ++bucket) {
@@ -536,7 +542,7 @@ void Optimizer::copy_state(CheckpointPieces& state) const {
   });
 }
 
-void Optimizer::load(const CheckpointTensors& saved, int64_t steps) {
+void Optimizer::load(const CheckpointTensors& saved, int64_t updates) {
   const at::NoGradGuard no_grad;
   for (const Slot& slot : slots_) {
     const at::IntArrayRef shape = slot.parameter.sizes();
@@ -553,7 +559,7 @@ void Optimizer::load(const CheckpointTensors& saved, int64_t steps) {
           .copy_(saved.moments.read("v." + slot.name, shape, begin, end));
     }
   }
-  control_.select(0, ops::kControlSteps).fill_(static_cast<double>(steps));
+  control_.select(0, ops::kControlSteps).fill_(static_cast<double>(updates));
 }
 
 }  // namespace rwkv

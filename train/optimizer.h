@@ -51,6 +51,7 @@ struct StepNumbers {
   double loss = 0;
   double gradient_norm = 0;  // before clipping
   bool skipped = false;      // loss or norm was not finite: no update was made, nor any after it
+  bool outlier = false;      // loss or norm was above its limit: this update was not made
 };
 // Out of Optimizer::control(), on the CPU.
 StepNumbers read_step_numbers(const at::Tensor& control);
@@ -117,8 +118,11 @@ class Optimizer {
 
   // The next updates' learning rate.
   void set_lr(double lr);
+  // And what their loss and gradient norm may not exceed; infinite until it is called.
+  void set_limits(double loss, double gradient_norm);
   // Scales the accumulated gradient to a global norm of at most clip_norm, then updates, unless the
-  // norm or `loss` (a scalar on the device) is not finite. Only puts work into the device's queue.
+  // norm or `loss` (a scalar on the device) is not finite or above its limit. Only puts work into
+  // the device's queue.
   void update(const at::Tensor& loss);
   // What update() works with and leaves behind, on its device: see ops::AdamwControl.
   const at::Tensor& control() const { return control_; }
@@ -131,9 +135,10 @@ class Optimizer {
   // that is trained. On a CPU it uses no thread but the caller's, and forward and backward may go
   // on meanwhile; update() may not.
   void copy_state(CheckpointPieces& state) const;
-  // Continues from saved state: fills masters and moments by name and sets the step count. Throws
+  // Continues from saved state: fills masters and moments by name and sets the count of updates.
+  // Throws
   // std::runtime_error naming the file and a tensor that is missing or of another shape.
-  void load(const CheckpointTensors& saved, int64_t steps);
+  void load(const CheckpointTensors& saved, int64_t updates);
 
  private:
   // The flat buffers of parameters that the model has in one dtype; see AdamwBuffers.

@@ -1,11 +1,13 @@
 #include "train/plan.h"
 
 #include <algorithm>
+#include <cmath>
 #include <numeric>
 #include <stdexcept>
 
 #include "model/ops/head_chunks.h"
 #include "model/version_shapes.h"
+#include "train/buckets.h"
 
 namespace rwkv {
 namespace {
@@ -46,10 +48,11 @@ void add_states(const StepPlan& plan, MemoryPlan& memory) {
   memory[MemoryKind::kMoments] = trained * 2 * kFloat / state_parts;
   const double gradients = trained * gradient_element_size(plan);
   if (plan.zero_stage >= 2) {
-    const double bucket = std::min(
-        gradients,
-        std::max(kBucketBytes, static_cast<double>(count.largest) * gradient_element_size(plan)));
-    memory[MemoryKind::kGradients] = gradients / parts + bucket;
+    // A tensor that is larger than a bucket has all that it lies in at once.
+    const auto bucket = static_cast<double>(Sharding().bucket_bytes);
+    const double largest = static_cast<double>(count.largest) * gradient_element_size(plan);
+    const double in_hand = std::max(kBucketsInHand, std::ceil(largest / bucket) + 1);
+    memory[MemoryKind::kGradients] = gradients / parts + std::min(gradients, in_hand * bucket);
   } else {
     memory[MemoryKind::kGradients] = gradients;
   }

@@ -39,7 +39,7 @@ struct StepPlan {
 enum class MemoryKind {
   kWeights,      // as forward reads them
   kMasters,      // where they are not the weights: fp32, or what a bf16 weight lacks of it
-  kGradients,    // the flat sum; of stage 2 a part, and one bucket whole
+  kGradients,    // the flat sum; of stage 2 a part, and the buckets that backward has in hand
   kMoments,      // two, fp32
   kActivations,  // what backward reads again, of the layers
   kLogits,       // a chunk of them
@@ -93,7 +93,8 @@ inline constexpr double kCudaContextBytes = 600e6;
 inline constexpr double kNcclBytes = 600e6;
 // On the CPU: LibTorch's and oneDNN's own memory, and small tensors, with one thread.
 inline constexpr double kCpuFrameworkBytes = 11e6;
-// Gradients that are reduced at once, or the largest tensor's, if that has more.
-inline constexpr double kBucketBytes = 64.0 * (1 << 20);
+// Of stage 2, in sizes of Sharding::bucket_bytes (train/buckets.h): two that are being reduced, and
+// two that a gradient fills which lies across their border.
+inline constexpr double kBucketsInHand = 4;
 
 }  // namespace rwkv

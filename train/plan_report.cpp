@@ -1,6 +1,7 @@
 #include "train/plan_report.h"
 
 #include <algorithm>
+#include <cmath>
 #include <stdexcept>
 
 #include <fmt/format.h>
@@ -8,6 +9,7 @@
 
 #include "data/number_text.h"
 #include "model/ops/head_chunks.h"
+#include "train/metrics.h"
 
 namespace rwkv {
 namespace {
@@ -52,9 +54,6 @@ bool fits(const PlanRequest& request, const PlanChoice& choice) {
 
 // Of one process there is nothing to cut.
 std::vector<int64_t> stages_of(const PlanRequest& request) {
-  if (request.zero_stage) {
-    return {*request.zero_stage};
-  }
   return request.processes == 1 ? std::vector<int64_t>{0} : std::vector<int64_t>{0, 1, 2};
 }
 
@@ -106,7 +105,7 @@ std::string describe_choice(const PlanRequest& request, const PlanChoice& choice
                                  request.processes > 1 ? " and GPU" : "",
                                  name_of(plan.recompute));
   if (request.processes > 1) {
-    text += fmt::format(", ZeRO stage {}", plan.zero_stage);
+    text += fmt::format(", distributed.zero = {}", plan.zero_stage);
   }
   return text;
 }
@@ -232,13 +231,11 @@ RunPlan plan_run(const PlanRequest& request) {
   RunPlan plan;
   const int64_t micro_batch =
       std::min(config.micro_batch_sequences(), sequences_of_a_process(request));
-  for (const int64_t stage : stages_of(request)) {
-    plan.configured = choose(request, micro_batch, config.train.recompute, stage);
-    plan.fits = fits(request, plan.configured);
-    if (plan.fits) {
-      break;
-    }
-  }
+  plan.configured = choose(request,
+                           micro_batch,
+                           config.train.recompute,
+                           request.processes == 1 ? 0 : config.distributed.zero);
+  plan.fits = fits(request, plan.configured);
   const std::vector<int64_t> sizes = micro_batch_sizes(request);
   for (const Recompute recompute : kRecomputes) {
     for (const int64_t stage : stages_of(request)) {
@@ -257,6 +254,32 @@ RunPlan plan_run(const PlanRequest& request) {
     }
   }
   return plan;
+}
+
+std::string memory_as_line(const StepPlan& plan) {
+  const MemoryPlan memory = plan_memory(plan);
+  std::string text = "memory, planned:";
+  if (plan.processes > 1) {
+    text = fmt::format("memory of each of {} processes, planned for distributed.zero = {}:",
+                       plan.processes,
+                       plan.zero_stage);
+  }
+  for (size_t i = 0; i < kNumMemoryKinds; ++i) {
+    const auto kind = static_cast<MemoryKind>(i);
+    if (memory[kind] == 0) {
+      continue;
+    }
+    const bool is_gradient = kind == MemoryKind::kGradients;
+    const bool is_cut = is_gradient ? plan.zero_stage == 2
+                                    : plan.zero_stage >= 1 && (kind == MemoryKind::kMasters ||
+                                                               kind == MemoryKind::kMoments);
+    text += fmt::format(" {} {}", rwkv::name_of(kind), format_bytes(std::llround(memory[kind])));
+    if (is_cut) {
+      text += fmt::format(" (1 of {} parts{})", plan.processes, is_gradient ? ", and buckets" : "");
+    }
+    text += ",";
+  }
+  return text + fmt::format(" {} in all", format_bytes(std::llround(memory.total())));
 }
 
 std::string plan_as_text(const PlanRequest& request, const RunPlan& plan) {

@@ -17,8 +17,6 @@ struct PlanRequest {
   const GpuRates* gpu = nullptr;  // null: the CPU
   int64_t processes = 1;          // GPUs; 1 on the CPU
   double memory_bytes = 0;        // of one of them, or of the machine
-  // Absent: the lowest that fits, or the highest if none does.
-  std::optional<int64_t> zero_stage = {};
 };
 
 // One way to run it.
@@ -33,7 +31,7 @@ struct PlanChoice {
 struct RunPlan {
   PlanChoice configured;
   bool fits = false;
-  // For each recompute and each stage that may be chosen the largest micro-batch that fits, if one
+  // For each recompute and each stage of ZeRO the largest micro-batch that fits, if one
   // does: sequences that divide the batch and are no more than a process has of it.
   std::vector<PlanChoice> fitting;
   // Of `fitting`: on GPUs the fastest, where one is as fast within a hundredth the one with less
@@ -44,6 +42,10 @@ struct RunPlan {
 // Throws std::invalid_argument where the batch has fewer sequences than there are processes, and as
 // plan_memory().
 RunPlan plan_run(const PlanRequest& request);
+
+// What a process will hold, on one line: "memory, planned: weights 652 MB, ..., 3.10 GB in all"; of
+// several with their number, the stage of ZeRO and what is a part. Throws as plan_memory().
+std::string memory_as_line(const StepPlan& plan);
 
 std::string plan_as_text(const PlanRequest& request, const RunPlan& plan);
 std::string plan_as_json(const PlanRequest& request, const RunPlan& plan);

@@ -146,6 +146,10 @@ ConfigSection train_section(TrainConfig& t) {
            "1 or more; absent: all cores; equal bits need an equal number",
            kMayDiffer},
           {"l2wrap", &t.l2wrap, "penalty that keeps logits near 0; 0 or more, 0 is off"},
+          {"skip_outliers_z",
+           &t.skip_outliers_z,
+           "skip steps so far above others; above 0, such as 6; absent: none",
+           kMayDiffer},
       }};
 }
 
@@ -315,6 +319,9 @@ void validate_train(const TrainConfig& t) {
     }
   }
   require_in_range(0, std::numeric_limits<double>::infinity(), "train.l2wrap", t.l2wrap);
+  if (const auto& z = t.skip_outliers_z; z && !(*z > 0 && std::isfinite(*z))) {
+    reject_value("train.skip_outliers_z", to_config_text(*z), "must be a finite number above 0");
+  }
 }
 
 void validate_optimizer(const OptimizerConfig& o) {

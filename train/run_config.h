@@ -75,6 +75,9 @@ struct TrainConfig {
   bool tensorboard = true;                       // write event files
   std::optional<int64_t> threads = {};           // absent: all cores
   double l2wrap = 1e-4;                          // logit penalty, 0 or more; 0 is off
+  // A step whose loss or gradient norm is more standard deviations above its mean is not applied
+  // (train/outlier_guard.h); above 0; absent: all are.
+  std::optional<double> skip_outliers_z = {};
   bool operator==(const TrainConfig&) const = default;
 };
 
@@ -168,7 +171,8 @@ struct ResumePoint {
 // What decides over the weights must be equal. What only decides over speed, logging, validation
 // and saving may differ: run_dir, device, cuda_graph, recompute, threads, [distributed] and
 // micro_batch_size
-// (whose change can change the last bits), total_minutes, what is logged, saved, kept and sampled
+// (whose change can change the last bits), skip_outliers_z (or a run that skips all could not go
+// on), total_minutes, what is logged, saved, kept and sampled
 // how often, data.validation and data.tokenizer. So may paths: data.train, whose content the
 // trainer compares, and init.from, which is not read again. So may the length of the run, as long
 // as the learning rate up to the resume point stays what it was: with a constant rate, with

@@ -5,6 +5,7 @@
 //   RUN/parameters.txt         every tensor of the model: shape, whether it is trained, how fast
 //   RUN/metrics.jsonl          a line for each logged step (train/metrics.h)
 //   RUN/samples.jsonl          texts written during the run, if asked for
+//   RUN/skipped.jsonl          a line for each step that was skipped, if outliers are
 //   RUN/starts.jsonl           a line for each start of the run
 //   RUN/tensorboard/           event files (train/event_file.h)
 //   RUN/checkpoints/step_...   a folder each (train/checkpoint.h)

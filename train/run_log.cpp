@@ -23,6 +23,9 @@ RunLog::RunLog(const RunConfig& config, int64_t resumed_step, double time)
   if (config.sample.every_steps) {
     samples_.emplace(file_in(config, "samples.jsonl"), resumed_step);
   }
+  if (config.train.skip_outliers_z) {
+    skipped_.emplace(file_in(config, "skipped.jsonl"), resumed_step);
+  }
   if (config.train.tensorboard) {
     events_.emplace(file_in(config, "tensorboard"), resumed_step, time);
   }
@@ -92,6 +95,12 @@ void RunLog::add_sample(const StepRecord& record,
     events_->text("sample", record.step, record.time, prompt + text);
     events_->flush();
   }
+}
+
+void RunLog::add_skipped(const SkippedStep& skipped, double time) {
+  skipped_.value().append(skipped.step, to_json(skipped, time));
+  line_.clear();
+  spdlog::warn("{}: not applied", describe(skipped));
 }
 
 void RunLog::say(const std::string& text) {

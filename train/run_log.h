@@ -1,5 +1,5 @@
 // What a run says while it runs: the log and the line on the terminal, metrics.jsonl,
-// samples.jsonl, starts.jsonl and TensorBoard's event files in the run's folder.
+// samples.jsonl, skipped.jsonl, starts.jsonl and TensorBoard's event files in the run's folder.
 #pragma once
 
 #include <cstdint>
@@ -9,6 +9,7 @@
 
 #include "train/event_file.h"
 #include "train/metrics.h"
+#include "train/outlier_guard.h"
 #include "train/run_config.h"
 #include "train/terminal_line.h"
 
@@ -33,12 +34,15 @@ class RunLog {
   // leaves where it came to. Nothing otherwise. Throws as add does.
   void add_shown();
   void add_sample(const StepRecord& record, const std::string& prompt, const std::string& text);
+  // A step that was not applied, at `time`, seconds since 1970.
+  void add_skipped(const SkippedStep& skipped, double time);
   // A line of the log.
   void say(const std::string& text);
 
  private:
   StepFile metrics_;
   std::optional<StepFile> samples_;  // if asked for
+  std::optional<StepFile> skipped_;  // if outliers are skipped
   StepFile starts_;
   std::optional<EventWriter> events_;
   TerminalLine line_;

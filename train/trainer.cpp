@@ -28,6 +28,7 @@
 #include "train/machine_rates.h"
 #include "train/model_tokenizer.h"
 #include "train/op_checks.h"
+#include "train/plan_report.h"
 #include "train/run_setup.h"
 #include "train/stop_signal.h"
 #include "train/version.h"
@@ -248,6 +249,9 @@ void Trainer::prepare(std::optional<int64_t> before_step) {
                               .tokens_seen = saved.state.tokens,
                               .samples_per_epoch = order_.samples_per_epoch()});
     state_ = saved.state;
+    if (!config_.train.skip_outliers_z) {
+      state_.outliers.forget();
+    }
     saved_step_ = state_.step;
   } else {
     make_initial_weights();
@@ -354,10 +358,16 @@ std::optional<Trainer::LaunchedStep> Trainer::launch_step() {
     }
     add_micro_batch();
   }
+  OutlierLimits limits;
+  if (const auto& z = config_.train.skip_outliers_z) {
+    limits = state_.outliers.limits(state_.step + 1, *z);
+    optimizer_->set_limits(limits.loss, limits.gradient_norm);
+  }
   if (saver_) {
     saver_->wait_for_copy();
   }
-  LaunchedStep launched{.before = state_, .lr = lr, .numbers = runner_->finish_step(lr)};
+  LaunchedStep launched{
+      .before = state_, .lr = lr, .limits = limits, .numbers = runner_->finish_step(lr)};
   ++state_.step;
   state_.samples += config_.batch_sequences();
   state_.tokens += config_.tokens_per_step();
@@ -366,8 +376,7 @@ std::optional<Trainer::LaunchedStep> Trainer::launch_step() {
 
 StepResult Trainer::result_of(LaunchedStep& launched) {
   const StepNumbers numbers = launched.numbers.wait();
-  const StepResult result{
-      .loss = numbers.loss, .grad_norm = numbers.gradient_norm, .lr = launched.lr};
+  StepResult result{.loss = numbers.loss, .grad_norm = numbers.gradient_norm, .lr = launched.lr};
   if (numbers.skipped) {
     // A save under way may be of weights that are not finite: then that is the reason to be told.
     if (saver_) {
@@ -377,6 +386,21 @@ StepResult Trainer::result_of(LaunchedStep& launched) {
     const bool is_newest = state_.step == launched.before.step + 1;
     state_ = launched.before;
     throw std::runtime_error(where_not_finite(result, is_newest));
+  }
+  if (!config_.train.skip_outliers_z) {
+    return result;
+  }
+  const int64_t step = launched.before.step + 1;
+  if (numbers.outlier) {
+    state_.outliers.add_skipped();
+    result.skipped = {.step = step,
+                      .first_sample = launched.before.samples,
+                      .last_sample = launched.before.samples + config_.batch_sequences() - 1,
+                      .loss = result.loss,
+                      .gradient_norm = result.grad_norm,
+                      .limits = launched.limits};
+  } else {
+    state_.outliers.add_applied(step, result.loss, result.grad_norm);
   }
   return result;
 }
@@ -604,6 +628,20 @@ void Trainer::write_start(RunLog& log) const {
                   at::get_num_threads(),
                   matrix_flops_per_s_ / 1e9,
                   matrix_flops_per_s_ / flops_per_token_));
+  if (model.version == "rwkv4") {
+    // Nothing else can be planned. The last process has one of the largest shares.
+    const int64_t rank = placement_.world_size - 1;
+    log.say(
+        memory_as_line({.model = model,
+                        .micro_batch_size = micro_batch_rows(rank),
+                        .micro_batches = micro_batches(rank),
+                        .dtype = config_.train.dtype,
+                        .recompute = config_.train.recompute,
+                        .device = device_.runtime == nullptr ? PlanDevice::kCpu : PlanDevice::kCuda,
+                        .processes = placement_.world_size,
+                        .zero_stage = optimizer_->sharding().zero_stage,
+                        .freeze = config_.optimizer.freeze}));
+  }
 }
 
 std::optional<RunEnd> Trainer::end() const {
@@ -659,9 +697,25 @@ bool Trainer::is_work_due() const {
          (communicator_ != nullptr && is_step_of(config_.distributed.compare_weights_every_steps));
 }
 
-StepRecord Trainer::record_of(LaunchedStep& launched, ProgressMeter& meter) {
+void Trainer::note_outlier(const SkippedStep& skipped, RunLog* log) const {
+  if (log != nullptr) {
+    log->add_skipped(skipped, wall_clock_seconds());
+  }
+  if (state_.outliers.num_in_a_row() == OutlierGuard::kMostInARow) {
+    throw std::runtime_error(describe(skipped) + "; it is the " +
+                             std::to_string(OutlierGuard::kMostInARow) +
+                             "th in a row that was skipped, so it is not the steps: the loss has "
+                             "changed for good. Look at the corpus there, or go on with a larger "
+                             "train.skip_outliers_z or without it");
+  }
+}
+
+StepRecord Trainer::record_of(LaunchedStep& launched, ProgressMeter& meter, RunLog* log) {
   const TrainConfig& train = config_.train;
   const StepResult result = result_of(launched);
+  if (result.skipped) {
+    note_outlier(*result.skipped, log);
+  }
   StepRecord record =
       meter.finish_step({.step = launched.before.step + 1,
                          .total_steps = total_steps_,
@@ -696,13 +750,13 @@ void Trainer::add_record(const StepRecord& record, bool is_logged, RunLog* log) 
 }
 
 void Trainer::log_step(LaunchedStep& launched, ProgressMeter& meter, RunLog* log) {
-  const StepRecord record = record_of(launched, meter);
+  const StepRecord record = record_of(launched, meter, log);
   add_record(record, record.step % config_.train.log_every_steps == 0, log);
 }
 
 void Trainer::finish_step(LaunchedStep& launched, ProgressMeter& meter, RunLog* log) {
   const TrainConfig& train = config_.train;
-  StepRecord record = record_of(launched, meter);
+  StepRecord record = record_of(launched, meter, log);
   const double pause_s = now_seconds();
   if (is_step_of(config_.distributed.compare_weights_every_steps)) {
     require_same_weights();

@@ -18,6 +18,7 @@
 #include "train/distributed/placement.h"
 #include "train/metrics.h"
 #include "train/optimizer.h"
+#include "train/outlier_guard.h"
 #include "train/run_config.h"
 #include "train/run_folder.h"
 #include "train/run_log.h"
@@ -29,6 +30,7 @@ struct StepResult {
   double loss = 0;       // mean over the step's tokens, nats
   double grad_norm = 0;  // before clipping
   double lr = 0;
+  std::optional<SkippedStep> skipped = {};  // an outlier, which changed no weight
 };
 
 // Why a run ended: "train.total_steps = 800 reached", and the signal if it was one.
@@ -102,6 +104,7 @@ class Trainer {
   struct LaunchedStep {
     TrainerState before;
     double lr = 0;
+    OutlierLimits limits;
     PendingNumbers numbers;
   };
   Samples add_micro_batch();
@@ -117,7 +120,8 @@ class Trainer {
   bool is_save_due() const;
   bool is_time_to_save() const;
   bool is_work_due() const;  // on the weights as they are after the last launched step
-  StepRecord record_of(LaunchedStep& launched, ProgressMeter& meter);
+  StepRecord record_of(LaunchedStep& launched, ProgressMeter& meter, RunLog* log);
+  void note_outlier(const SkippedStep& skipped, RunLog* log) const;
   void add_record(const StepRecord& record, bool is_logged, RunLog* log) const;
   void log_step(LaunchedStep& launched, ProgressMeter& meter, RunLog* log);
   void finish_step(LaunchedStep& launched, ProgressMeter& meter, RunLog* log);

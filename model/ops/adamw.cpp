@@ -1,5 +1,6 @@
 #include "model/ops/adamw.h"
 
+#include <limits>
 #include <optional>
 
 #include <ATen/ATen.h>
@@ -48,7 +49,11 @@ std::optional<at::Tensor> optional(const at::Tensor& tensor) {
 }  // namespace
 
 at::Tensor make_adamw_control(const at::TensorOptions& options) {
-  return at::zeros({kControlSize}, options.dtype(at::kDouble));
+  at::Tensor control = at::zeros({kControlSize}, options.dtype(at::kDouble));
+  for (const AdamwControl limit : {kControlLossLimit, kControlGradientNormLimit}) {
+    control.select(0, limit).fill_(std::numeric_limits<double>::infinity());
+  }
+  return control;
 }
 
 void add_sum_of_squares(const at::Tensor& tensor, at::Tensor& sum) {

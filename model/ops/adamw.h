@@ -45,16 +45,21 @@ struct AdamwBuffers {
   at::Tensor gradient;  // fp32 or bf16
 };
 
-// Places in the tensor of a step's numbers, fp64. `lr` and `steps` are the caller's to set.
+// Places in the tensor of a step's numbers, fp64. `lr`, `steps` and the limits are the caller's to
+// set.
 enum AdamwControl : int64_t {
   kControlLr,
   kControlSteps,         // updates done
   kControlLoss,          // of the step, as it was handed in
   kControlGradientNorm,  // before clipping
   kControlClip,          // the factor c
-  kControlSkip,  // not 0: loss or norm was not finite, and no update is made until it is cleared
+  kControlSkip,     // not 0: loss or norm was not finite, and no update is made until it is cleared
+  kControlOutlier,  // not 0: loss or norm was above its limit, and this update is not made
+  kControlLossLimit,
+  kControlGradientNormLimit,
   kControlSize
 };
+// Without limits: they are infinite.
 at::Tensor make_adamw_control(const at::TensorOptions& options);
 
 // Adds the sum of squares of a contiguous fp32 or bf16 tensor to `sum`, an fp64 scalar, in an order
@@ -62,13 +67,14 @@ at::Tensor make_adamw_control(const at::TensorOptions& options);
 void add_sum_of_squares(const at::Tensor& tensor, at::Tensor& sum);
 
 // From the sum of squares of the whole gradient and the loss (fp32 or fp64 scalars): norm, clip
-// factor, and whether the step is skipped; one more step is counted unless it is.
+// factor, and whether the step is skipped or an outlier; one more update is counted unless it is.
 void begin_adamw(at::Tensor& control,
                  const at::Tensor& sum_of_squares,
                  const at::Tensor& loss,
                  const AdamwSettings& settings);
 
-// The update, with the numbers that begin_adamw left in control; nothing if the step is skipped.
+// The update, with the numbers that begin_adamw left in control; nothing if the step is skipped or
+// an outlier.
 // Registered as rookery::adamw_. Element by element: the result does not depend on threads. Throws
 // c10::Error if sizes or dtypes disagree.
 void adamw_(AdamwBuffers& buffers,

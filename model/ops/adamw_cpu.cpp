@@ -165,7 +165,7 @@ void adamw_cpu(const std::optional<at::Tensor>& master,
                double beta2,
                double eps) {
   const auto* numbers = control.const_data_ptr<double>();
-  if (numbers[kControlSkip] != 0) {
+  if (numbers[kControlSkip] != 0 || numbers[kControlOutlier] != 0) {
     return;
   }
   const double n = numbers[kControlSteps];
@@ -240,7 +240,10 @@ void begin_adamw_cpu(at::Tensor& control,
   if (!std::isfinite(norm) || !std::isfinite(numbers[kControlLoss])) {
     numbers[kControlSkip] = 1;
   }
-  if (numbers[kControlSkip] == 0) {
+  const bool is_outlier = numbers[kControlLoss] > numbers[kControlLossLimit] ||
+                          norm > numbers[kControlGradientNormLimit];
+  numbers[kControlOutlier] = is_outlier ? 1 : 0;
+  if (numbers[kControlSkip] == 0 && !is_outlier) {
     numbers[kControlSteps] += 1;
   }
 }

@@ -2,6 +2,7 @@
 #include <cmath>
 #include <cstring>
 #include <limits>
+#include <utility>
 
 #include "cuda/adamw_kernel.h"
 #include "tests/cuda/kernel_test.h"
@@ -194,20 +195,56 @@ TEST(BeginAdamwKernel, ClipsCountsAndSkips) {
         "begin_adamw");
     return numbers.numbers();
   };
-  DeviceDoubles run(Numbers{1e-3, 41, 0, 0, 0, 0});
+  DeviceDoubles run(Numbers{1e-3, 41, 0, 0, 0, 0, 0, kInfinity, kInfinity});
   double steps = 41;
   for (const Case& at : cases) {
     steps += at.skip == 0 ? 1 : 0;
-    EXPECT_EQ(begin(run, at.sum, at.loss, at.clip_norm),
-              (Numbers{1e-3, steps, at.loss, std::sqrt(at.sum), at.clip, at.skip}))
+    EXPECT_EQ(
+        begin(run, at.sum, at.loss, at.clip_norm),
+        (Numbers{
+            1e-3, steps, at.loss, std::sqrt(at.sum), at.clip, at.skip, 0, kInfinity, kInfinity}))
         << at.sum;
   }
   for (const Numbers& inputs :
        {Numbers{kNaN, 1}, Numbers{1, kNaN}, Numbers{1, kInfinity}, Numbers{1, -kInfinity}}) {
-    DeviceDoubles fresh(Numbers{1e-3, 7, 0, 0, 0, 0});
+    DeviceDoubles fresh(Numbers{1e-3, 7, 0, 0, 0, 0, 0, kInfinity, kInfinity});
     const Numbers after = begin(fresh, inputs[0], inputs[1], 1);
     EXPECT_EQ(after[1], 7) << inputs[1];
     EXPECT_EQ(after[5], 1) << inputs[1];
+  }
+}
+
+// Against the same definition as Optimizer.SkipsOutliers in tests/train/test_optimizer.cpp.
+TEST(BeginAdamwKernel, LeavesOutliersOutOfTheCount) {
+  struct Case {
+    double sum, loss;       // in
+    double outlier, steps;  // out
+  };
+  // At the limits, above one, above the other, and that the next step is looked at anew; then what
+  // is not finite is more than an outlier.
+  const Case cases[] = {{16, 2, 0, 8},
+                        {16, 2.5, 1, 8},
+                        {25, 2, 1, 8},
+                        {25, 2.5, 1, 8},
+                        {9, 1, 0, 9},
+                        {kInfinity, 2, 1, 9}};
+  DeviceDoubles numbers(Numbers{1e-3, 7, 0, 0, 0, 0, 0, 2, 4});
+  for (const Case& at : cases) {
+    DeviceDoubles sum(Numbers{at.sum}), loss(Numbers{at.loss});
+    expect_launched(launch_begin_adamw(numbers.adamw(), sum.data(), loss.data(), 0, nullptr),
+                    "begin_adamw");
+    const Numbers after = numbers.numbers();
+    EXPECT_EQ(after,
+              (Numbers{1e-3,
+                       at.steps,
+                       at.loss,
+                       std::sqrt(at.sum),
+                       1,
+                       std::isfinite(at.sum) ? 0.0 : 1.0,
+                       at.outlier,
+                       2,
+                       4}))
+        << at.sum << ", " << at.loss;
   }
 }
 
@@ -216,7 +253,8 @@ TEST(BeginAdamwKernel, ClipsCountsAndSkips) {
 TYPED_TEST(AdamwKernel, AHundredStepsMatchTheDefinition) {
   const Numbers start = rounded<float>(normal(kSize, 1));
   DeviceState<TypeParam> state(start);
-  DeviceDoubles numbers(Numbers{0, 0, 0, 0, 0, 0}), scratch(sum_of_squares_scratch_size(kSize));
+  DeviceDoubles numbers(Numbers{0, 0, 0, 0, 0, 0, 0, kInfinity, kInfinity}),
+      scratch(sum_of_squares_scratch_size(kSize));
   DeviceDoubles loss(Numbers{1});
   std::vector<Parameter> parameters;
   for (const double p : start) {
@@ -234,7 +272,9 @@ TYPED_TEST(AdamwKernel, AHundredStepsMatchTheDefinition) {
         "sum_of_squares");
     Numbers control = numbers.numbers();
     control[0] = lr;
-    ASSERT_EQ(cudaMemcpy(numbers.data(), control.data(), 48, cudaMemcpyHostToDevice), cudaSuccess);
+    ASSERT_EQ(
+        cudaMemcpy(numbers.data(), control.data(), sizeof(AdamwNumbers), cudaMemcpyHostToDevice),
+        cudaSuccess);
     expect_launched(
         launch_begin_adamw(numbers.adamw(), sum.data(), loss.data(), clip_norm, nullptr),
         "begin_adamw");
@@ -292,7 +332,7 @@ TYPED_TEST(AdamwKernel, AHundredStepsMatchTheDefinition) {
 TYPED_TEST(AdamwKernel, RunsAgreeBitForBit) {
   same_in_every_order([&] {
     DeviceState<TypeParam> state(rounded<float>(normal(kSize, 1)));
-    DeviceDoubles numbers(Numbers{1e-3, 3, 1, 1, 0.5, 0});
+    DeviceDoubles numbers(Numbers{1e-3, 3, 1, 1, 0.5, 0, 0, kInfinity, kInfinity});
     state.update(normal(kSize, 2), numbers.adamw());
     return state.outputs();
   });
@@ -301,18 +341,21 @@ TYPED_TEST(AdamwKernel, RunsAgreeBitForBit) {
 TYPED_TEST(AdamwKernel, ASkippedStepWritesNothing) {
   DeviceState<TypeParam> state(rounded<float>(normal(kSize, 1)));
   const Outputs before = state.outputs();
-  DeviceDoubles numbers(Numbers{1e-3, 3, 1, 1, 1, 1});
-  state.update(normal(kSize, 2), numbers.adamw());
-  const Outputs after = state.outputs();
-  for (size_t i = 0; i < before.size(); ++i) {
-    EXPECT_EQ(std::memcmp(before[i].data(), after[i].data(), 8 * before[i].size()), 0) << i;
+  // Of one that is not finite, and of an outlier.
+  for (const auto& [skip, outlier] : {std::pair{1.0, 0.0}, std::pair{0.0, 1.0}}) {
+    DeviceDoubles numbers(Numbers{1e-3, 3, 1, 1, 1, skip, outlier, kInfinity, kInfinity});
+    state.update(normal(kSize, 2), numbers.adamw());
+    const Outputs after = state.outputs();
+    for (size_t i = 0; i < before.size(); ++i) {
+      EXPECT_EQ(std::memcmp(before[i].data(), after[i].data(), 8 * before[i].size()), 0) << i;
+    }
   }
 }
 
 TYPED_TEST(AdamwKernel, WeightsAreOptional) {
   const Numbers start = rounded<float>(normal(kSize, 1)), gradient = normal(kSize, 2);
   DeviceState<TypeParam> state(start);
-  DeviceDoubles numbers(Numbers{1e-3, 3, 1, 1, 0.5, 0});
+  DeviceDoubles numbers(Numbers{1e-3, 3, 1, 1, 0.5, 0, 0, kInfinity, kInfinity});
   state.update(gradient, numbers.adamw());
   DeviceArray<float> master(start), m(Numbers(start.size(), 0.0)), v(Numbers(start.size(), 0.0));
   const DeviceArray<TypeParam> dev_gradient(gradient);
@@ -330,7 +373,7 @@ TYPED_TEST(AdamwKernel, WeightsAreOptional) {
 TYPED_TEST(AdamwKernel, RejectsTooManyRangesAndMisalignedBuffers) {
   DeviceArray<float> master(Numbers(8, 0.0)), m(Numbers(8, 0.0)), v(Numbers(8, 0.0));
   const DeviceArray<TypeParam> gradient(Numbers(8, 0.0));
-  DeviceDoubles numbers(Numbers{1e-3, 3, 1, 1, 1, 0});
+  DeviceDoubles numbers(Numbers{1e-3, 3, 1, 1, 1, 0, 0, kInfinity, kInfinity});
   const auto launch = [&](AdamwRanges ranges, int64_t master_at, int64_t gradient_at) {
     const AdamwUpdate<TypeParam> arguments{.master = master.data() + master_at,
                                            .m = m.data(),

@@ -7,7 +7,9 @@ import json
 import os
 import pathlib
 import pty
+import random
 import re
+import shutil
 import signal
 import subprocess
 import termios
@@ -542,6 +544,86 @@ class GoesWrong(Life):
         fine = self.train("run", *blown, "--replay", 1).stdout.decode()
         self.assertRegex(fine, r"the results of all \d{3,} ops are finite")
         self.assertEqual(support.listing(self.folder), before, "a replay changes nothing")
+
+
+class Skips(Life):
+    STEP_TOKENS = 8 * 32
+    FIRST = 150  # step of the first noise
+
+    def configure_with_noise(self, steps_of_noise, **train):
+        """A text in order, with noise that `steps_of_noise` steps from FIRST on are made of."""
+        generator = random.Random(1)
+        noise = "".join(map(chr, (generator.randrange(32, 127)
+                                  for _ in range(steps_of_noise * self.STEP_TOKENS))))
+        lines = "\n".join(support.text_lines(2500))
+        at = (self.FIRST - 1) * self.STEP_TOKENS
+        support.write_text(self.folder / "text.txt", [lines[:at] + noise + lines[at:]])
+        rookery("tokenize", "--tokenizer", "bytes", "--output", "text", "text.txt",
+                cwd=self.folder)
+        return self.configure(data={"order": "sequential"}, total_steps=165, save_every_steps=1,
+                              keep_checkpoints=30, skip_outliers_z=5, **train)
+
+    def skipped(self, run):
+        lines = (run / "skipped.jsonl").read_text().splitlines()
+        return [{key: value for key, value in json.loads(line).items() if key != "time"}
+                for line in lines]
+
+    def state(self, run, step):
+        return [support.read_safetensors(run / f"checkpoints/step_{step:08d}" / name)
+                for name in WEIGHTS]
+
+    def test_outliers_and_writes_down_which(self):
+        run = self.configure_with_noise(2)
+        done = self.train()
+        self.assertEqual(done.returncode, 0, done.stderr.decode())
+        skipped = self.skipped(run)
+        self.assertEqual([row["step"] for row in skipped], [150, 151])
+        for row in skipped:
+            self.assertTrue(row["loss"] > row["loss_limit"] or
+                            row["grad_norm"] > row["grad_norm_limit"], row)
+            self.assertAlmostEqual(row["loss_limit"], row["loss_mean"] + 5 * row["loss_deviation"])
+            self.assertEqual(row["first_sample"], 8 * (row["step"] - 1))
+            self.assertEqual(row["last_sample"], 8 * row["step"] - 1)
+            self.assertRegex(done.stderr.decode(), rf"step {row['step']}, of samples "
+                             rf"{row['first_sample']} to {row['last_sample']}: .*: not applied")
+        states = {step: self.state(run, step) for step in (148, 149, 150, 151, 152)}
+        self.assertTrue(states[149] == states[150] == states[151])
+        self.assertFalse(states[148] == states[149] or states[151] == states[152])
+        self.assertEqual([row["tokens"] for row in support.metrics(run)][-1],
+                         165 * self.STEP_TOKENS)
+
+    def test_them_alike_when_it_goes_on(self):
+        run = self.configure_with_noise(2)
+        self.assertEqual(self.train().returncode, 0)
+        skipped, state = self.skipped(run), self.state(run, 165)
+        for last in (151, 150, 149, 145):
+            for step in range(last + 1, 166):
+                shutil.rmtree(run / f"checkpoints/step_{step:08d}", ignore_errors=True)
+            done = self.train()
+            self.assertIn(f"going on from run/checkpoints/step_{last:08d}", done.stderr.decode())
+            self.assertEqual(self.skipped(run), skipped)
+            self.assertTrue(self.state(run, 165) == state, last)
+
+    def test_them_on_several_processes(self):
+        run = self.configure_with_noise(2)
+        done = self.train("run", "--nproc", 2, "--set", "distributed.zero=2")
+        self.assertEqual(done.returncode, 0, done.stderr.decode())
+        self.assertEqual([row["step"] for row in self.skipped(run)], [150, 151])
+
+    def test_no_more_than_ten_in_a_row(self):
+        run = self.configure_with_noise(30)
+        done = self.train()
+        self.assertEqual(done.returncode, 1)
+        self.assertRegex(support.error_message(done.stderr),
+                         r"step 159, of samples 1264 to 1271: loss [\d.]+ and gradient norm .* are "
+                         "the limits; it is the 10th in a row .* a larger train.skip_outliers_z")
+        self.assertEqual([row["step"] for row in self.skipped(run)], list(range(150, 160)))
+        self.assertEqual(self.last_step(), 158)
+        done = self.train("run", "--set", "train.skip_outliers_z=1000")
+        self.assertEqual(done.returncode, 0, done.stderr.decode())
+        self.assertEqual([row["step"] for row in self.skipped(run)], list(range(150, 159)))
+        # Only updates count for AdamW: an own count of 9 too many would make another first step.
+        self.assertFalse(self.state(run, 158) == self.state(run, 159))
 
 
 class Terminal(Life):

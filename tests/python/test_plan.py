@@ -77,6 +77,22 @@ class Plan(support.Folder):
                            ("1.5TB", 1.5e12)):
             self.assertEqual(self.plan("--memory", text)["memory_bytes"], size, text)
 
+    def test_is_of_the_stage_that_is_configured_beside_all_that_fit(self):
+        self.config()
+        stages = {}
+        for stage in (0, 1, 2):
+            plan = self.plan("--gpus", 2, "--set", f"distributed.zero={stage}")
+            stages[stage] = plan["configured"]["bytes"]
+            self.assertEqual(plan["configured"]["zero_stage"], stage)
+            self.assertEqual({row["zero_stage"] for row in plan["fitting"]}, {0, 1, 2})
+        self.assertAlmostEqual(stages[1]["moments"], stages[0]["moments"] / 2, delta=1)
+        self.assertEqual(stages[1]["gradients"], stages[0]["gradients"])
+        # Of a model this small all gradients are one bucket.
+        self.assertAlmostEqual(stages[2]["gradients"], 1.5 * stages[0]["gradients"], delta=1)
+        # One process has nothing to share.
+        alone = self.plan("--gpus", 1, "--set", "distributed.zero=2")
+        self.assertEqual(alone["configured"]["zero_stage"], 0)
+
     def test_prints_a_table_and_the_constants(self):
         text = support.rookery("plan", "--config", self.config(), "--gpus", 2,
                                "--json", self.folder / "plan.json").decode()
@@ -106,6 +122,22 @@ class Plan(support.Folder):
             last = file.readlines()[-1]
         self.assertTrue(last.startswith(f"{of_sizes['parameters']} of "), last)
 
+    def test_is_printed_when_a_run_starts(self):
+        support.write_text(self.folder / "text.txt", support.text_lines(100))
+        support.rookery("tokenize", "--tokenizer", "bytes", "--output", "corpus", "text.txt",
+                        cwd=self.folder)
+        self.config()
+        for zero, processes, words in (
+            (1, 1, r"memory, planned: weights [\d.]+ .B, gradients [^(]* in all\n"),
+            (1, 2, r"memory of each of 2 processes, planned for distributed.zero = 1: weights .*"
+                   r"gradients [\d.]+ .B, moments [\d.]+ .B \(1 of 2 parts\), .* in all\n"),
+        ):
+            done = support.run("train", "--config", "run.toml", "--set", f"distributed.zero={zero}",
+                               "--set", f"train.run_dir=run{processes}", "--nproc", processes,
+                               cwd=self.folder)
+            self.assertEqual(done.returncode, 0, done.stderr.decode())
+            self.assertRegex(done.stderr.decode(), words)
+
     def refuses(self, *arguments, words):
         with self.subTest(arguments):
             done = support.run("plan", *arguments, cwd=self.folder)
@@ -124,8 +156,8 @@ class Plan(support.Folder):
             self.refuses(*config, f"--memory={memory}", words=["--memory", "such as 80GB"])
         self.refuses(*config, "--gpus=-1", words=["--gpus -1: must be 0 or more"])
         self.refuses(*config, "--gpus", 9, words=["train.batch_size = 8 for --gpus 9"])
-        self.refuses(*config, "--gpus", 2, "--zero", 3, words=["--zero 3: expected 0, 1 or 2"])
-        self.refuses(*config, "--gpus", 1, "--zero", 1, words=["--zero 1", "nothing to share"])
+        self.refuses(*config, "--gpus", 2, "--set", "distributed.zero=3",
+                     words=["distributed.zero = 3"])
         self.refuses(*config, "--set", "model.n_embd=-3", words=["model.n_embd = -3"])
         self.refuses(*config, "--set", "model.n_embed=3", words=["n_embed", "n_embd"])
         for large in ("model.n_layer=2000000000", "model.n_embd=500000000"):

@@ -144,6 +144,44 @@ TEST(Optimizer, MakesNoUpdateAfterALossOrGradientThatIsNotFinite) {
   }
 }
 
+TEST(Optimizer, SkipsOutliers) {
+  RwkvModel model = open_model(test::golden("rwkv4_odd.safetensors"), at::kFloat);
+  RwkvModel other = open_model(test::golden("rwkv4_odd.safetensors"), at::kFloat);
+  Optimizer optimizer(model, {}, at::kFloat), without(other, {}, at::kFloat);
+  const auto update = [](RwkvModel of, Optimizer& with, float loss, float gradient) {
+    at::Tensor parameter = of->named_parameters()["head.weight"];
+    with.zero_gradient();
+    parameter.mutable_grad() = at::full_like(parameter, gradient);
+    with.accumulate_gradient();
+    with.update(at::scalar_tensor(loss));
+    return with.numbers();
+  };
+  optimizer.set_lr(1e-2);
+  without.set_lr(1e-2);
+  const double norm = update(model, optimizer, 1, 2).gradient_norm;
+  update(other, without, 1, 2);
+  // At the limits, above the loss's, above the norm's, below both.
+  optimizer.set_limits(3, norm);
+  EXPECT_FALSE(update(model, optimizer, 3, 2).outlier);
+  EXPECT_TRUE(update(model, optimizer, 3.5, 1).outlier);
+  EXPECT_TRUE(update(model, optimizer, 1, 4).outlier);
+  EXPECT_FALSE(optimizer.numbers().skipped);
+  EXPECT_FALSE(update(model, optimizer, 1, 1).outlier);
+  // To weights, moments and the count of updates it is as if they had not been.
+  update(other, without, 3, 2);
+  update(other, without, 1, 1);
+  EXPECT_EQ(optimizer.control()[ops::kControlSteps].item<double>(), 3);
+  CheckpointPieces state, expected;
+  optimizer.copy_state(state);
+  without.copy_state(expected);
+  for (size_t i = 0; i < state.weights.size(); ++i) {
+    EXPECT_TRUE(test::same_bits(state.weights[i].values, expected.weights[i].values));
+  }
+  for (size_t i = 0; i < state.moments.size(); ++i) {
+    EXPECT_TRUE(test::same_bits(state.moments[i].values, expected.moments[i].values));
+  }
+}
+
 TEST(SplitMaster, HoldsEveryFp32NumberAndRoundsToNearest) {
   at::Generator generator = at::make_generator<at::CPUGeneratorImpl>(uint64_t{3});
   // Random bits: numbers of every size, those too small to be normal among them.

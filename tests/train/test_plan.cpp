@@ -1,9 +1,11 @@
+#include <cmath>
 #include <stdexcept>
 
 #include <gmock/gmock.h>
 #include <gtest/gtest.h>
 
 #include "model/version_shapes.h"
+#include "train/metrics.h"
 #include "train/plan.h"
 #include "train/plan_report.h"
 #include "train/plan_time.h"
@@ -11,7 +13,11 @@
 namespace rwkv {
 namespace {
 
+using testing::ContainsRegex;
+using testing::EndsWith;
 using testing::HasSubstr;
+using testing::Not;
+using testing::StartsWith;
 using testing::ThrowsMessage;
 
 ModelConfig model_of(int64_t n_layer, int64_t n_embd, int64_t vocab_size, int64_t ctx_len) {
@@ -113,10 +119,14 @@ TEST_F(PlanMemory, SharesOutWhatTheStageSays) {
   // All of a model this small is one bucket.
   plan_.zero_stage = 2;
   EXPECT_EQ(per_parameter(MemoryKind::kGradients), 0.5 + 2);
-  // Of a large one the bucket is the embedding's gradient.
+  // A large one has as many in hand as the embedding's gradient lies in, or four: the 393 MiB of
+  // this one are four, and a border.
   plan_.model = model_of(32, 4096, 50277, 1024);
   const auto all = static_cast<double>(count_parameters(plan_.model, {}).all);
-  EXPECT_EQ(plan_memory(plan_)[MemoryKind::kGradients], all * 2 / 4 + 50277.0 * 4096 * 2);
+  EXPECT_EQ(plan_memory(plan_)[MemoryKind::kGradients], all * 2 / 4 + 5 * 100.0 * (1 << 20));
+  plan_.model = model_of(32, 2048, 50277, 1024);
+  const auto fewer = static_cast<double>(count_parameters(plan_.model, {}).all);
+  EXPECT_EQ(plan_memory(plan_)[MemoryKind::kGradients], fewer * 2 / 4 + 4 * 100.0 * (1 << 20));
 }
 
 TEST_F(PlanMemory, GivesFrozenTensorsNeitherGradientNorMoments) {
@@ -197,14 +207,37 @@ class PlanRun : public testing::Test {
   }
 };
 
-TEST_F(PlanRun, TakesTheLowestStageThatFits) {
-  EXPECT_EQ(plan_run(request_).configured.plan.zero_stage, 0);
+TEST_F(PlanRun, IsOfTheStageThatIsConfigured) {
   request_.memory_bytes = 38e9;
-  const RunPlan shared = plan_run(request_);
-  EXPECT_EQ(shared.configured.plan.zero_stage, 1);
-  EXPECT_TRUE(shared.fits);
-  request_.zero_stage = 0;
+  EXPECT_EQ(plan_run(request_).configured.plan.zero_stage, 0);
   EXPECT_FALSE(plan_run(request_).fits);
+  request_.config.distributed.zero = 1;
+  EXPECT_EQ(plan_run(request_).configured.plan.zero_stage, 1);
+  EXPECT_TRUE(plan_run(request_).fits);
+  // One process has nothing to share.
+  request_.processes = 1;
+  EXPECT_EQ(plan_run(request_).configured.plan.zero_stage, 0);
+}
+
+TEST(MemoryAsLine, NamesEveryKindThatTakesMemoryAndWhatIsShared) {
+  StepPlan plan{.model = model_of(4, 64, 1000, 32), .micro_batch_size = 2};
+  const std::string alone = memory_as_line(plan);
+  EXPECT_THAT(alone, StartsWith("memory, planned: weights "));
+  EXPECT_THAT(alone, Not(HasSubstr("masters")));
+  EXPECT_THAT(alone, Not(HasSubstr("part")));
+  const double total = plan_memory(plan).total();
+  EXPECT_THAT(alone, EndsWith(", " + format_bytes(std::llround(total)) + " in all"));
+  plan.processes = 4;
+  plan.zero_stage = 2;
+  plan.dtype = kBf16;
+  const std::string shared = memory_as_line(plan);
+  EXPECT_THAT(shared,
+              StartsWith("memory of each of 4 processes, planned for distributed.zero = 2: "));
+  for (const char* part : {"masters [^,]*\\(1 of 4 parts\\)",
+                           "moments [^,]*\\(1 of 4 parts\\)",
+                           "gradients [^,]*\\(1 of 4 parts, and buckets\\)"}) {
+    EXPECT_THAT(shared, ContainsRegex(part));
+  }
 }
 
 TEST_F(PlanRun, OffersTheLargestMicroBatchThatFits) {
@@ -239,7 +272,6 @@ TEST_F(PlanRun, SaysThatNothingFits) {
   const RunPlan plan = plan_run(request_);
   EXPECT_FALSE(plan.fits);
   EXPECT_FALSE(plan.best);
-  EXPECT_EQ(plan.configured.plan.zero_stage, 2);
   EXPECT_THAT(plan_as_text(request_, plan), HasSubstr("nothing fits"));
 }
 

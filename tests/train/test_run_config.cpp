@@ -90,7 +90,8 @@ RunConfig full_config() {
              .log_every_steps = 3,
              .tensorboard = false,
              .threads = 7,
-             .l2wrap = 2e-4};
+             .l2wrap = 2e-4,
+             .skip_outliers_z = 6.5};
   c.init = {.from = "released.pth",
             .allow_missing = {"head.weight"},
             .allow_unexpected = {"blocks.*.att.v0", "x"},
@@ -316,6 +317,7 @@ INSTANTIATE_TEST_SUITE_P(
         BadValue{"optimizer.beta2=nan", "optimizer.beta2 = nan: "},
         BadValue{"optimizer.eps=0", "optimizer.eps = 0.0: must be a finite number above 0"},
         BadValue{"optimizer.weight_decay=-1", "optimizer.weight_decay = -1.0: "},
+        BadValue{"train.skip_outliers_z=0", "train.skip_outliers_z = 0.0: must be a finite"},
         BadValue{"optimizer.clip_norm=-1", "optimizer.clip_norm = -1.0: "},
         BadValue{"schedule.lr_init=-1", "schedule.lr_init = -1.0: "},
         BadValue{"schedule.warmup_tokens=102400",
@@ -472,6 +474,7 @@ TEST(RunConfigResume, LetsHowTheRunIsHandledDiffer) {
   now.train.save_every_minutes = 4;
   now.train.keep_every_steps = 5;
   now.train.tensorboard = true;
+  now.train.skip_outliers_z.reset();
   now.sample = {.prompt = "b", .length = 7, .temperature = 0.3, .top_p = 0.4};
   now.distributed = {.timeout_s = 9};
   check_resume(now, saved, 512);
@@ -516,6 +519,7 @@ TEST(RunConfigResume, EveryOtherKeyMustMatch) {
                           "train.log_every_steps",
                           "train.tensorboard",
                           "train.threads",
+                          "train.skip_outliers_z",
                           "sample.every_steps",
                           "sample.prompt",
                           "sample.length",

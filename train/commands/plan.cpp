@@ -128,18 +128,6 @@ PlanRequest request_of(const cxxopts::ParseResult& parsed) {
                              ? parse_memory(parsed["memory"].as<std::string>())
                          : gpus > 0 ? gpu.memory_bytes
                                     : static_cast<double>(describe_machine().memory_bytes);
-  if (parsed.count("zero") > 0) {
-    request.zero_stage = at_least(parsed, "zero", 0);
-    if (*request.zero_stage > 2) {
-      throw std::invalid_argument("--zero " + std::to_string(*request.zero_stage) +
-                                  ": expected 0, 1 or 2");
-    }
-    if (*request.zero_stage > 0 && request.processes == 1) {
-      throw std::invalid_argument("--zero " + std::to_string(*request.zero_stage) +
-                                  ": with one process there is nothing to share; give --gpus 2 or "
-                                  "more, or leave it out");
-    }
-  }
   resolve_model(request.config);
   return request;
 }
@@ -161,10 +149,6 @@ int plan_command(int argc, char** argv) {
   add("memory",
       "of one GPU, or of the machine: 80GB, \"80 GiB\", 80e9; default: as there is",
       cxxopts::value<std::string>());
-  add("zero",
-      "ZeRO stage: 1 shares out moments and masters, 2 gradients, too; default: the lowest that "
-      "fits",
-      cxxopts::value<int64_t>());
   add("json",
       "write the plan as JSON to this file; - prints it instead of the table",
       cxxopts::value<std::string>());
