@@ -24,6 +24,8 @@ int bench_command(int argc, char** argv);
 int report_command(int argc, char** argv);
 int inspect_command(int argc, char** argv);
 int doctor_command(int argc, char** argv);
+// One rank of `rookery doctor --distributed`.
+int doctor_links_command(int argc, char** argv);
 int plan_command(int argc, char** argv);
 
 // Parses; prints the help with its example and returns nothing if --help was given. Throws

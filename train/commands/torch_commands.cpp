@@ -26,6 +26,7 @@ constexpr TorchCommand kTorchCommands[] = {
     {"generate", &generate_command},
     {"logits", &logits_command},
     {"bench", &bench_command},
+    {"doctor", &doctor_links_command},
 };
 
 int run(std::string_view name, int argc, char** argv) {
