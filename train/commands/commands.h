@@ -20,7 +20,8 @@ int eval_command(int argc, char** argv);
 int generate_command(int argc, char** argv);
 int logits_command(int argc, char** argv);
 int convert_command(int argc, char** argv);
-int bench_command(int argc, char** argv);
+// With `verbose`, which it hands on to the ranks that it starts.
+int bench_command(int argc, char** argv, bool verbose);
 int report_command(int argc, char** argv);
 int inspect_command(int argc, char** argv);
 int doctor_command(int argc, char** argv);

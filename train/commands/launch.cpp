@@ -231,14 +231,18 @@ cxxopts::Options doctor_options() {
   return options;
 }
 
-DoctorLinks doctor_links_of(const cxxopts::ParseResult& parsed) {
+std::string device_of_ranks(const cxxopts::ParseResult& parsed) {
   const std::string device = parsed["device"].as<std::string>();
   if (device != "cpu" && device != "cuda") {
     throw std::invalid_argument("--device " + device +
                                 ": expected cpu, or cuda for a GPU of each process");
   }
+  return device;
+}
+
+DoctorLinks doctor_links_of(const cxxopts::ParseResult& parsed) {
   constexpr int64_t kMostMegabytes = 10'000;
-  return {.device = device,
+  return {.device = device_of_ranks(parsed),
           .max_bytes = number_of(parsed, "max-megabytes", kBucketMegabytes, 1, kMostMegabytes)
                        << 20};
 }

@@ -39,6 +39,9 @@ std::optional<int> launch_command(int argc, char** argv, bool verbose);
 // Those of `rookery doctor`, and what its help shows.
 cxxopts::Options doctor_options();
 inline constexpr const char* kDoctorExample = "rookery doctor --distributed --nproc 2";
+// "cpu" or "cuda" of a --device option of several processes, each with a GPU of its own. Throws
+// std::invalid_argument for another.
+std::string device_of_ranks(const cxxopts::ParseResult& parsed);
 // What `rookery doctor --distributed` is to look at. Throws std::invalid_argument for a value out
 // of range.
 struct DoctorLinks {
