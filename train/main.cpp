@@ -73,6 +73,11 @@ int dispatch(int argc, char** argv) {
       return *code;
     }
   }
+  if (name == "doctor") {
+    if (const auto code = rwkv::doctor_distributed_command(argc - 1, argv + 1, verbose)) {
+      return *code;
+    }
+  }
   for (const Command& command : kCommands) {
     if (command.name == name) {
       return command.run == kNeedsTorch

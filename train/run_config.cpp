@@ -198,22 +198,21 @@ ConfigSection sample_section(SampleConfig& s) {
 }
 
 ConfigSection distributed_section(DistributedConfig& d) {
-  return {
-      "distributed",
-      {
-          {"timeout_s",
-           &d.timeout_s,
-           "seconds; a process that is silent for longer is lost; 5 or more",
-           kMayDiffer},
-          {"zero",
-           &d.zero,
-           "what each process has a part of: 0: nothing; 1: moments and masters; 2: gradients, too",
-           kMayDiffer},
-          {"compare_weights_every_steps",
-           &d.compare_weights_every_steps,
-           "steps; whether all processes still have the same weights; also before a save",
-           kMayDiffer},
-      }};
+  return {"distributed",
+          {
+              {"timeout_s",
+               &d.timeout_s,
+               "seconds; a process that is silent for longer is lost; 5 or more",
+               kMayDiffer},
+              {"zero",
+               &d.zero,
+               "ZeRO: processes share 0: nothing; 1: moments, masters; 2: gradients, too",
+               kMayDiffer},
+              {"compare_weights_every_steps",
+               &d.compare_weights_every_steps,
+               "also before a save",
+               kMayDiffer},
+          }};
 }
 
 // The table of all keys, over the fields of `config`.

@@ -158,10 +158,7 @@ Trainer::Trainer(const RunConfig& config,
   // Not LibTorch's default: that follows environment variables, and equal bits need equal numbers.
   const int64_t cores_each = std::max<int64_t>(describe_machine().cores / placement_.local_size, 1);
   at::set_num_threads(static_cast<int>(config_.train.threads.value_or(cores_each)));
-  std::string device = config_.train.device;
-  if (device == "cuda" && placement_.world_size > 1) {
-    device += ":" + std::to_string(placement_.local_rank);
-  }
+  const std::string device = device_of(config_.train.device, placement_);
   device_ = open_device(device, "train.device = " + to_config_text(std::string_view(device)));
   if (placement_.world_size > config_.batch_sequences()) {
     throw std::invalid_argument("train.batch_size = " + std::to_string(config_.batch_sequences()) +

@@ -1,9 +1,12 @@
-"""`rookery doctor` on this machine, and in an installation that lacks its library."""
+"""`rookery doctor` on this machine, between processes on it, and in an installation that lacks its
+library.
+"""
 
 import json
 import os
 import pathlib
 import shutil
+import socket
 import subprocess
 
 import support
@@ -58,6 +61,68 @@ class Doctor(support.Folder):
         self.assertEqual(done.returncode, 1)
         self.assertIn(b"librookery_torch.so", done.stdout)
         self.assertIn(b"training cannot run here", done.stdout)
+
+
+class Links(support.Folder):
+    OPERATIONS = ["sum", "reduce-scatter", "all-gather", "broadcast"]
+
+    def test_times_every_operation_and_every_link(self):
+        result = json.loads(support.rookery("doctor", "--distributed", "--nproc", 3,
+                                            "--max-megabytes", 1, "--json", cwd=self.folder))
+        self.assertTrue(result["all_is_right"])
+        self.assertEqual(result["machines"], [socket.gethostname()] * 3)
+        # Of three equal parts.
+        self.assertEqual([(o["operation"], o["bytes"]) for o in result["operations"]],
+                         [(name, size // 12 * 12) for name in self.OPERATIONS
+                          for size in (1 << 16, 1 << 20)] + [("agreement", 63)])
+        for operation in result["operations"]:
+            self.assertEqual(operation["wrong_ranks"], [])
+            self.assertAlmostEqual(operation["algorithm_gb_per_s"] * operation["ms"] * 1e6,
+                                   operation["bytes"], delta=1e-3)
+        self.assertEqual([(link["from"], link["to"]) for link in result["links"]],
+                         [(0, 1), (0, 2), (1, 0), (1, 2), (2, 0), (2, 1)])
+        for link in result["links"]:
+            self.assertFalse(link["is_wrong"])
+            self.assertGreater(link["gb_per_s"], 0)
+            self.assertGreater(link["latency_us"], 0)
+
+    def test_is_started_as_training_is_and_prints_once(self):
+        with socket.socket() as free:
+            free.bind(("127.0.0.1", 0))
+            port = free.getsockname()[1]
+        ranks = [
+            subprocess.Popen(
+                support.command_line("doctor", "--distributed", "--max-megabytes", 1),
+                cwd=self.folder, stdout=subprocess.PIPE, stderr=subprocess.PIPE,
+                env={**support.environment(), "RANK": str(rank), "WORLD_SIZE": "2",
+                     "LOCAL_RANK": str(rank), "LOCAL_WORLD_SIZE": "2",
+                     "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)})
+            for rank in range(2)]
+        (first, errors), (second, _) = [rank.communicate(timeout=120) for rank in ranks]
+        self.assertEqual([rank.returncode for rank in ranks], [0, 0], errors)
+        self.assertEqual(second, b"")
+        self.assertRegex(first, rb"(?m)^2 processes, Gloo, between CPUs$")
+        for name in self.OPERATIONS:
+            self.assertRegex(first, rb"(?m)^%s +1 MiB +\S+ +\S+ +\S+$" % name.encode())
+        self.assertRegex(first, rb"(?m)^from 1 +\S+ +-$")
+        self.assertIn(b"16 MiB", support.rookery("doctor", "--distributed", "--nproc", 2,
+                                                 "--max-megabytes", 16, cwd=self.folder))
+
+    def test_refuses_what_does_not_go_together(self):
+        for arguments, words in (
+            (("--nproc", 2), "are of --distributed"),
+            (("--device", "cuda"), "are of --distributed"),
+            (("--max-megabytes", 1), "are of --distributed"),
+            (("--distributed",), "one process alone has no links; give --nproc 2"),
+            (("--distributed", "--nproc", 1), "one process alone has no links"),
+            (("--distributed", "--nproc", 2, "--max-megabytes", 0),
+             "--max-megabytes 0: expected a number from 1 to"),
+            (("--distributed", "--nproc", 2, "--device", "cuda:1"), "--device cuda:1: expected cpu"),
+        ):
+            with self.subTest(arguments):
+                done = support.run("doctor", *arguments, cwd=self.folder)
+                self.assertEqual(done.returncode, 2, done)
+                self.assertIn(words, done.stderr.decode())
 
 
 if __name__ == "__main__":

@@ -411,6 +411,45 @@ class Bench(support.Folder):
         # The model takes less than one of them; the code that a step runs is 25 MB.
         self.assertLess(row["peak_mb"], 15)
 
+    def test_of_processes_gives_one_alone_and_all_together(self):
+        shape = ("--shape", "S", "--n-layer", 2, "--n-embd", 128, "--batch", 3, "--ctx-len", 16,
+                 "--repeats", 2)
+        for dtype, zero in (("fp32", 0), ("fp32", 1), ("bf16", 1), ("bf16", 2)):
+            together, alone = self.rows("distributed", *shape, "--dtype", dtype, "--zero", zero)
+            self.assertEqual(together["conditions"], {"processes": 2, "zero": zero, "threads": 1})
+            self.assertEqual(alone["conditions"], {"processes": 1, "zero": 0, "threads": 1})
+            for row in (together, alone):
+                self.assertIn(f"step L2 D128 V256 {dtype} B3 T16", row["what"])
+                self.assertAlmostEqual(row["tokens_per_s"], 48 / row["median_ms"] * 1000, delta=1e-3)
+            self.assertAlmostEqual(together["times_as_fast"],
+                                   alone["median_ms"] / together["median_ms"], delta=1e-6)
+            self.assertGreater(together["waiting_ms"], 0)
+            self.assertLess(together["waiting_percent"], 100)
+            self.assertEqual([part["what"] for part in together["parts"]], ["rank 0", "rank 1"])
+            for part in together["parts"]:
+                self.assertAlmostEqual(part["states_mb"], sum(
+                    part[f"{kind}_mb"] for kind in ("weights", "masters", "gradients", "moments")))
+                if zero < 2:
+                    # The plan of stage 2 has a bucket more, of which nothing is left after a step.
+                    self.assertAlmostEqual(part["states_mb"] / part["formula_mb"], 1, delta=0.05)
+                else:
+                    self.assertLess(part["states_mb"], part["formula_mb"])
+
+    def test_of_processes_needs_a_core_and_a_sequence_for_each(self):
+        tiny = ("bench", "distributed", "--shape", "S", "--n-layer", 1, "--n-embd", 24,
+                "--repeats", 1)
+        for arguments, words in (
+            (("--nproc", 1), "one process"),
+            (("--nproc", 1000), "1000 processes here need a core each, but may run on"),
+            (("--batch", 1), "--batch 1: fewer sequences than the 2 processes"),
+            (("--zero", 3), "--zero 3: expected"),
+            (("--shape", "both"), "--shape both"),
+        ):
+            with self.subTest(arguments):
+                done = support.run(*tiny, *arguments)
+                self.assertEqual(done.returncode, 2, done)
+                self.assertIn(words, done.stderr.decode())
+
     def test_of_a_step_and_of_decoding_give_times_beside_floors(self):
         rows = self.rows("step", *self.TINY, "--batch", 2, "--ctx-len", 5)
         self.assertEqual([row["what"] for row in rows],

@@ -22,8 +22,6 @@ namespace {
 
 constexpr uint64_t kSeed = 1;
 constexpr double kEmbRange = 1e-4;
-constexpr double kL2Wrap = 1e-4;
-constexpr double kLr = 1e-5;
 
 double element_size(at::ScalarType dtype) {
   return static_cast<double>(c10::elementSize(dtype));
@@ -57,10 +55,6 @@ double optimizer_bytes(double parameters, at::ScalarType dtype) {
   return parameters * (7 * sizeof(float) + (dtype == at::kBFloat16 ? element_size(dtype) : 0));
 }
 
-TrainDtype train_dtype(at::ScalarType dtype) {
-  return dtype == at::kBFloat16 ? TrainDtype::kBf16 : TrainDtype::kFp32;
-}
-
 MemoryPlan plan_of(RwkvModel model,
                    const StepShape& shape,
                    at::ScalarType dtype,
@@ -72,23 +66,6 @@ MemoryPlan plan_of(RwkvModel model,
        .dtype = train_dtype(dtype),
        .recompute = settings.recompute,
        .device = settings.runtime == nullptr ? PlanDevice::kCpu : PlanDevice::kCuda});
-}
-
-// Matrices are not the author's: of those many are zero, which could make a product quicker than it
-// will be, and orthogonal ones take minutes where they are large.
-RwkvModel random_model(const ModelConfig& config) {
-  RwkvModel model(config);
-  const at::NoGradGuard no_grad;
-  at::Generator generator = at::make_generator<at::CPUGeneratorImpl>(kSeed);
-  for (auto& item : model->named_parameters()) {
-    at::Tensor& parameter = item.value();
-    if (parameter.dim() == 2) {
-      parameter.uniform_(-0.05, 0.05, generator);
-    } else {
-      model->version().initialise(model->config(), item.key(), parameter, kEmbRange, generator);
-    }
-  }
-  return model;
 }
 
 // The model of a step beside the times that `step` spends in its ops.
@@ -151,18 +128,6 @@ std::vector<BenchRow> explain_step(RwkvModel model,
   return rows;
 }
 
-std::string step_name(const StepShape& shape, at::ScalarType dtype, const BenchSettings& settings) {
-  std::string name = "step " + describe(shape.model, dtype) + " B" +
-                     std::to_string(shape.batch_size) + " T" + std::to_string(shape.model.ctx_len);
-  if (settings.micro_batches > 1) {
-    name += " x " + std::to_string(settings.micro_batches);
-  }
-  if (settings.recompute != Recompute::kNone) {
-    name += ", " + std::string(name_of(settings.recompute)) + " recomputed";
-  }
-  return name;
-}
-
 // The time of a step's matrix products, then of the optimizer's bytes.
 double step_floor_s(RwkvModel model, double tokens, at::ScalarType dtype, const StepRates& rates) {
   return 6 * tokens * matrix_elements(model) / rates.flops_per_s +
@@ -194,15 +159,17 @@ BenchRow bench_step_on(ops::DeviceRuntime& runtime,
       model, {}, dtype, {.split_masters = true, .bf16_gradient = settings.micro_batches == 1});
   const at::Tensor tokens_BT =
       at::randint(shape.model.vocab_size, {shape.batch_size, shape.model.ctx_len}, at::kLong);
-  StepRunner runner(
-      model, optimizer, &runtime, {.micro_batches = settings.micro_batches, .l2wrap = kL2Wrap});
+  StepRunner runner(model,
+                    optimizer,
+                    &runtime,
+                    {.micro_batches = settings.micro_batches, .l2wrap = kBenchL2Wrap});
   PendingNumbers before;
   const auto step = [&] {
     runner.begin_step();
     for (int64_t i = 0; i < settings.micro_batches; ++i) {
       runner.add_micro_batch(tokens_BT, tokens_BT);
     }
-    PendingNumbers numbers = runner.finish_step(kLr);
+    PendingNumbers numbers = runner.finish_step(kBenchLr);
     before.wait();
     before = std::move(numbers);
   };
@@ -230,17 +197,50 @@ BenchRow bench_step_on(ops::DeviceRuntime& runtime,
   });
   if (detail == StepDetail::kByOp) {
     // A replay shows no ops: the same step, one op after another.
-    StepRunner by_op(model, optimizer, &runtime, {.l2wrap = kL2Wrap, .record = false});
+    StepRunner by_op(model, optimizer, &runtime, {.l2wrap = kBenchL2Wrap, .record = false});
     row.parts = explain_step(model, shape, dtype, rates, settings.repeats, [&] {
       by_op.begin_step();
       by_op.add_micro_batch(tokens_BT, tokens_BT);
-      by_op.finish_step(kLr).wait();
+      by_op.finish_step(kBenchLr).wait();
     });
   }
   return row;
 }
 
 }  // namespace
+
+TrainDtype train_dtype(at::ScalarType dtype) {
+  return dtype == at::kBFloat16 ? TrainDtype::kBf16 : TrainDtype::kFp32;
+}
+
+// Matrices are not the author's: of those many are zero, which could make a product quicker than it
+// will be, and orthogonal ones take minutes where they are large.
+RwkvModel random_model(const ModelConfig& config) {
+  RwkvModel model(config);
+  const at::NoGradGuard no_grad;
+  at::Generator generator = at::make_generator<at::CPUGeneratorImpl>(kSeed);
+  for (auto& item : model->named_parameters()) {
+    at::Tensor& parameter = item.value();
+    if (parameter.dim() == 2) {
+      parameter.uniform_(-0.05, 0.05, generator);
+    } else {
+      model->version().initialise(model->config(), item.key(), parameter, kEmbRange, generator);
+    }
+  }
+  return model;
+}
+
+std::string step_name(const StepShape& shape, at::ScalarType dtype, const BenchSettings& settings) {
+  std::string name = "step " + describe(shape.model, dtype) + " B" +
+                     std::to_string(shape.batch_size) + " T" + std::to_string(shape.model.ctx_len);
+  if (settings.micro_batches > 1) {
+    name += " x " + std::to_string(settings.micro_batches);
+  }
+  if (settings.recompute != Recompute::kNone) {
+    name += ", " + std::string(name_of(settings.recompute)) + " recomputed";
+  }
+  return name;
+}
 
 std::string describe(const ModelConfig& config, at::ScalarType dtype) {
   return "L" + std::to_string(config.n_layer) + " D" + std::to_string(config.n_embd) + " V" +
@@ -265,13 +265,14 @@ BenchRow bench_step(const StepShape& shape,
   const auto step = [&] {
     optimizer.zero_gradient();
     at::Tensor loss;
-    optimizer.set_lr(kLr);
+    optimizer.set_lr(kBenchLr);
     forward_ms.push_back(0);
     backward_ms.push_back(0);
     for (int64_t i = 0; i < settings.micro_batches; ++i) {
       forward_ms.back() += milliseconds_of([&] {
         loss =
-            model->loss(tokens_BT, tokens_BT, model->initial_state(shape.batch_size), kL2Wrap).loss;
+            model->loss(tokens_BT, tokens_BT, model->initial_state(shape.batch_size), kBenchL2Wrap)
+                .loss;
       });
       backward_ms.back() += milliseconds_of([&] {
         loss.backward();

@@ -9,8 +9,10 @@
 #include "model/model_config.h"
 #include "model/ops/device_runtime.h"
 #include "model/recompute.h"
+#include "model/rwkv_model.h"
 #include "train/bench/bench.h"
 #include "train/bench/step_model.h"
+#include "train/run_config.h"
 
 namespace rwkv {
 
@@ -55,7 +57,15 @@ std::vector<BenchRow> bench_decode(const ModelConfig& config,
                                    at::ScalarType dtype,
                                    const BenchSettings& settings);
 
+// ---- What benchmarks of a step share ----
+
+inline constexpr double kBenchL2Wrap = 1e-4;
+inline constexpr double kBenchLr = 1e-5;
+RwkvModel random_model(const ModelConfig& config);
+TrainDtype train_dtype(at::ScalarType dtype);
 // "L6 D384 V256 fp32".
 std::string describe(const ModelConfig& config, at::ScalarType dtype);
+// "step L6 D384 V256 fp32 B8 T256 x 4, mixes recomputed".
+std::string step_name(const StepShape& shape, at::ScalarType dtype, const BenchSettings& settings);
 
 }  // namespace rwkv

@@ -1,5 +1,6 @@
 #include "train/bench/bench.h"
 
+#include <chrono>
 #include <filesystem>
 #include <iostream>
 #include <stdexcept>
@@ -8,12 +9,14 @@
 
 #include "data/atomic_file.h"
 #include "data/tokenizer_registry.h"
+#include "train/bench/bench_distributed.h"
 #include "train/bench/bench_model.h"
 #include "train/bench/bench_ops.h"
 #include "train/bench/bench_save.h"
 #include "train/bench/bench_startup.h"
 #include "train/bench/bench_tokenizer.h"
 #include "train/commands/commands.h"
+#include "train/commands/launch.h"
 #include "train/commands/model_options.h"
 #include "train/machine.h"
 
@@ -37,11 +40,11 @@ void override_if_given(const ParseResult& parsed, const std::string& name, int64
   }
 }
 
-void add_shape_options(cxxopts::OptionAdder& add) {
+void add_shape_options(cxxopts::OptionAdder& add, const std::string& shape = "both") {
   add("shape",
       "S (L6 D384 V256 B8 T256), M (L12 D768 V50277 B4 T128) or both; L12 (M's model, B16 T1024) "
       "or L24 (D2048 V50277 B8 T1024), which ask for a GPU",
-      value<std::string>()->default_value("both"));
+      value<std::string>()->default_value(shape));
   add("n-layer", "instead of the shape's", value<int64_t>());
   add("n-embd", "instead of the shape's", value<int64_t>());
   add("vocab", "vocabulary size, instead of the shape's", value<int64_t>());
@@ -107,6 +110,12 @@ std::vector<StepShape> shapes_with_batch(const ParseResult& parsed) {
   return shapes;
 }
 
+void add_recompute_option(cxxopts::OptionAdder& add) {
+  add("recompute",
+      "in backward: none, mixes or blocks (train.recompute)",
+      value<std::string>()->default_value("none"));
+}
+
 Recompute recompute_of(const ParseResult& parsed) {
   const std::string name = parsed["recompute"].as<std::string>();
   if (name != "none" && name != "mixes" && name != "blocks") {
@@ -166,9 +175,7 @@ int bench_step_command(int argc, char** argv) {
       "of that many sequences each in a step",
       value<int64_t>()->default_value("1"));
   add("explain", "also the time of each kind of op, beside its floor");
-  add("recompute",
-      "in backward: none, mixes or blocks (train.recompute)",
-      value<std::string>()->default_value("none"));
+  add_recompute_option(add);
   add("trace",
       "write a timeline of three steps to this file, for ui.perfetto.dev; of one shape and dtype",
       value<std::string>());
@@ -330,11 +337,90 @@ int bench_startup_command(int argc, char** argv) {
   return 0;
 }
 
+// One of the processes that a step is timed on.
+std::vector<BenchRow> rows_of_rank(const Placement& placement,
+                                   const ParseResult& parsed,
+                                   const StepShape& shape,
+                                   at::ScalarType dtype,
+                                   int64_t zero_stage) {
+  if (placement.world_size == 1) {
+    throw std::invalid_argument(
+        "rookery bench distributed: one process alone is compared with nothing; give --nproc 2");
+  }
+  const std::string device_name = device_of(device_of_ranks(parsed), placement);
+  const OpenDevice device = open_device(device_name, "--device " + device_name);
+  if (device.runtime == nullptr) {
+    // Before the communicator starts threads.
+    bind_to_own_core(placement);
+  }
+  const std::chrono::duration<double> timeout(DistributedConfig{}.timeout_s);
+  Communicator communicator(
+      placement, device, std::chrono::duration_cast<std::chrono::milliseconds>(timeout));
+  return bench_distributed(communicator,
+                           shape,
+                           dtype,
+                           {.repeats = positive(parsed, "repeats"),
+                            .runtime = device.runtime,
+                            .recompute = recompute_of(parsed)},
+                           zero_stage);
+}
+
+int bench_distributed_command(int argc, char** argv, bool verbose) {
+  cxxopts::Options options(
+      "rookery bench distributed",
+      "Times a training step of several processes beside that of one, in turns. On the CPU each\n"
+      "process has one core, and all together the batch that one has alone; on GPUs each has a\n"
+      "GPU, and a batch of its own. Starts two, unless it is started as ranks of rookery train\n"
+      "are.\n");
+  cxxopts::OptionAdder add = options.add_options();
+  add_shape_options(add, "M");
+  add_batch_options(add);
+  add_recompute_option(add);
+  add("dtype", "fp32 or bf16", value<std::string>()->default_value("fp32"));
+  add("device", "cpu, or cuda: a GPU for each", value<std::string>()->default_value("cpu"));
+  add("zero", "0, 1 or 2 (distributed.zero)", value<int64_t>()->default_value("0"));
+  add_launcher_options(add);
+  add_repeat_options(add, "5");
+  const auto parsed = parse_options(
+      options, argc, argv, "rookery bench distributed --nproc 2 --shape M --zero 1", {});
+  if (!parsed) {
+    return 0;
+  }
+  const std::vector<StepShape> shapes = shapes_with_batch(*parsed);
+  if (shapes.size() != 1) {
+    throw std::invalid_argument("--shape both: processes are timed with one at a time");
+  }
+  const at::ScalarType dtype =
+      parse_dtype((*parsed)["dtype"].as<std::string>()) == ComputeDtype::kBf16 ? at::kBFloat16
+                                                                               : at::kFloat;
+  const auto zero_stage = (*parsed)["zero"].as<int64_t>();
+  if (zero_stage < 0 || zero_stage > 2) {
+    throw std::invalid_argument("--zero " + std::to_string(zero_stage) + ": expected 0, 1 or 2");
+  }
+  const Placement placement = placement_from_environment();
+  if (asks_for_launcher(*parsed) || placement.source.empty()) {
+    LaunchPlan plan = plan_launch(*parsed, {"bench", "distributed"}, verbose, 2);
+    plan.max_restarts = 0;
+    if (device_of_ranks(*parsed) == "cpu") {
+      require_core_each(plan.ranks_here);
+    }
+    return launch(plan).exit_code;
+  }
+  const auto rows = rows_of_rank(placement, *parsed, shapes.front(), dtype, zero_stage);
+  if (placement.rank == 0) {
+    report(*parsed, rows);
+  }
+  return 0;
+}
+
 struct Benchmark {
   std::string_view name;
   std::string_view summary;
   int (*run)(int argc, char** argv);
 };
+
+constexpr auto kStartsRanks = nullptr;
+constexpr std::string_view kDistributed = "distributed";
 
 constexpr Benchmark kBenchmarks[] = {
     {"step", "a training step", &bench_step_command},
@@ -342,6 +428,7 @@ constexpr Benchmark kBenchmarks[] = {
     {"ops", "each op beside the same maths in LibTorch's ops", &bench_ops_command},
     {"tokenizer", "text to tokens", &bench_tokenizer_command},
     {"save", "a checkpoint, beside the disk", &bench_save_command},
+    {kDistributed, "a training step of several processes beside that of one", kStartsRanks},
     {"startup", "from the command line to the first step", &bench_startup_command},
 };
 
@@ -359,11 +446,14 @@ void print_help() {
 
 }  // namespace
 
-int bench_command(int argc, char** argv) {
+int bench_command(int argc, char** argv, bool verbose) {
   const std::string_view name = argc > 1 ? argv[1] : "--help";
   if (name == "--help" || name == "-h") {
     print_help();
     return 0;
+  }
+  if (name == kDistributed) {
+    return bench_distributed_command(argc - 1, argv + 1, verbose);
   }
   for (const Benchmark& benchmark : kBenchmarks) {
     if (benchmark.name == name) {

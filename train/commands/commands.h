@@ -20,10 +20,13 @@ int eval_command(int argc, char** argv);
 int generate_command(int argc, char** argv);
 int logits_command(int argc, char** argv);
 int convert_command(int argc, char** argv);
-int bench_command(int argc, char** argv);
+// With `verbose`, which it hands on to the ranks that it starts.
+int bench_command(int argc, char** argv, bool verbose);
 int report_command(int argc, char** argv);
 int inspect_command(int argc, char** argv);
 int doctor_command(int argc, char** argv);
+// One rank of `rookery doctor --distributed`.
+int doctor_links_command(int argc, char** argv);
 int plan_command(int argc, char** argv);
 
 // Parses; prints the help with its example and returns nothing if --help was given. Throws

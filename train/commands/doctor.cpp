@@ -4,13 +4,12 @@
 #include <stdexcept>
 
 #include "train/commands/commands.h"
+#include "train/commands/launch.h"
 #include "train/run_main.h"
 #include "train/torch_library.h"
 
 namespace rwkv {
 namespace {
-
-constexpr const char* kExample = "rookery doctor";
 
 LibTorchFacts find_libtorch() {
   try {
@@ -24,13 +23,8 @@ LibTorchFacts find_libtorch() {
 }  // namespace
 
 int doctor_command(int argc, char** argv) {
-  cxxopts::Options options(
-      "rookery doctor",
-      "Looks at the machine: can it train, how well, and what to do about what\n"
-      "is wrong. Ends with 0 if training can run, else with 1. Writes 64 MB into\n"
-      "the current folder for a moment, to see how fast that is.\n");
-  options.add_options()("json", "all of it as JSON");
-  const auto parsed = parse_options(options, argc, argv, kExample, {});
+  cxxopts::Options options = doctor_options();
+  const auto parsed = parse_options(options, argc, argv, kDoctorExample, {});
   if (!parsed) {
     return 0;
   }

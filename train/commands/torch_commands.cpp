@@ -25,10 +25,13 @@ constexpr TorchCommand kTorchCommands[] = {
     {"eval", &eval_command},
     {"generate", &generate_command},
     {"logits", &logits_command},
-    {"bench", &bench_command},
+    {"doctor", &doctor_links_command},
 };
 
-int run(std::string_view name, int argc, char** argv) {
+int run(std::string_view name, int argc, char** argv, bool verbose) {
+  if (name == "bench") {
+    return bench_command(argc, argv, verbose);
+  }
   for (const TorchCommand& command : kTorchCommands) {
     if (command.name == name) {
       return command.run(argc, argv);
@@ -51,7 +54,7 @@ extern "C" int rookery_run_torch_command(const char* name, int argc, char** argv
   rwkv::report_shrunk_mappings();
   rwkv::keep_cpu_memory();
   try {
-    return rwkv::run(name, argc, argv);
+    return rwkv::run(name, argc, argv, verbose);
   } catch (const c10::OutOfMemoryError& error) {
     throw rwkv::OutOfMemory(rwkv::text_of(error, verbose));
   } catch (const c10::Error& error) {

@@ -410,6 +410,12 @@ class Communicator::Impl {
   Impl& operator=(const Impl&) = delete;
 
   const Placement& placement() const { return placement_; }
+  void wait_for(c10d::Work& work) {
+    const Clock::time_point begin = Clock::now();
+    work.wait();
+    waited_ += Clock::now() - begin;
+  }
+  Clock::duration waited() const { return waited_; }
   void set_activity(const std::string& activity) { presence_->set_activity(activity); }
   void announce_failure(const std::string& reason) { presence_->announce_failure(reason); }
 
@@ -449,6 +455,12 @@ class Communicator::Impl {
     c10d::BroadcastOptions options;
     options.rootRank = from;
     return group_of(tensors.front()).broadcast(tensors, options);
+  }
+  c10::intrusive_ptr<c10d::Work> send(std::vector<at::Tensor>& tensors, int64_t to) {
+    return group_of(tensors.front()).send(tensors, static_cast<int>(to), 0);
+  }
+  c10::intrusive_ptr<c10d::Work> receive(std::vector<at::Tensor>& tensors, int64_t from) {
+    return group_of(tensors.front()).recv(tensors, static_cast<int>(from), 0);
   }
   void barrier(const char* what) {
     std::vector<at::Tensor> nothing{at::zeros({1})};
@@ -498,6 +510,7 @@ class Communicator::Impl {
   Placement placement_;
   milliseconds timeout_;
   bool serves_;
+  Clock::duration waited_{};
   c10::intrusive_ptr<c10d::Store> store_;
   std::unique_ptr<Presence> presence_;
   c10::intrusive_ptr<c10d::Backend> gloo_;
@@ -531,6 +544,9 @@ int64_t Communicator::rank() const {
 int64_t Communicator::world_size() const {
   return impl_->placement().world_size;
 }
+double Communicator::waited_ms() const {
+  return 1000 * seconds(impl_->waited());
+}
 void Communicator::set_activity(const std::string& activity) {
   impl_->set_activity(activity);
 }
@@ -540,8 +556,9 @@ std::unique_ptr<PendingCollective> Communicator::begin(std::vector<at::Tensor> t
                                                        const char* what,
                                                        const Begin& begin) {
   const auto work = impl_->guarded(what, [&] { return begin(tensors); });
-  return std::make_unique<PendingWork>(
-      std::move(tensors), [this, work, what] { impl_->guarded(what, [&] { work->wait(); }); });
+  return std::make_unique<PendingWork>(std::move(tensors), [this, work, what] {
+    impl_->guarded(what, [&] { impl_->wait_for(*work); });
+  });
 }
 
 std::unique_ptr<PendingCollective> Communicator::begin_sum(const at::Tensor& tensor,
@@ -572,6 +589,16 @@ void Communicator::sum(const at::Tensor& tensor, const char* what) {
 void Communicator::broadcast(const at::Tensor& tensor, int64_t from, const char* what) {
   std::vector<at::Tensor> tensors{tensor};
   impl_->guarded(what, [&] { impl_->broadcast(tensors, from)->wait(); });
+}
+
+void Communicator::send(const at::Tensor& tensor, int64_t to, const char* what) {
+  std::vector<at::Tensor> tensors{tensor};
+  impl_->guarded(what, [&] { impl_->send(tensors, to)->wait(); });
+}
+
+void Communicator::receive(const at::Tensor& tensor, int64_t from, const char* what) {
+  std::vector<at::Tensor> tensors{tensor};
+  impl_->guarded(what, [&] { impl_->receive(tensors, from)->wait(); });
 }
 
 int64_t Communicator::any_bits(int64_t bits, const char* what) {

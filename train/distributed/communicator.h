@@ -52,6 +52,9 @@ class Communicator {
 
   int64_t rank() const;
   int64_t world_size() const;
+  // How long this process has waited so far for operations that had begun (not: the device, which
+  // waits by itself).
+  double waited_ms() const;
   // What errors say was going on: "step 12".
   void set_activity(const std::string& activity);
 
@@ -73,6 +76,9 @@ class Communicator {
                                                       const char* what);
   // That of process `from` takes the tensor's place.
   void broadcast(const at::Tensor& tensor, int64_t from, const char* what);
+  // From one process to one other, which calls receive() for a tensor of the same size.
+  void send(const at::Tensor& tensor, int64_t to, const char* what);
+  void receive(const at::Tensor& tensor, int64_t from, const char* what);
   // The bits that any process has set.
   int64_t any_bits(int64_t bits, const char* what);
   // Every process's value, by rank.

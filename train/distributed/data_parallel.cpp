@@ -1,6 +1,7 @@
 #include "train/distributed/data_parallel.h"
 
 #include <algorithm>
+#include <deque>
 #include <numeric>
 
 #include <ATen/ATen.h>
@@ -8,8 +9,8 @@
 namespace rwkv {
 namespace {
 
-// Of stage 2, whose gradients have no memory but their buckets': while one is reduced, backward
-// fills the next.
+// At stage 2 gradients have no memory but their buckets': while one is reduced, backward fills the
+// next. On a CPU Gloo has copies of what it scatters or gathers.
 constexpr size_t kMaxUnderWay = 2;
 
 }  // namespace
@@ -18,6 +19,7 @@ DataParallel::DataParallel(Communicator& communicator, Optimizer& optimizer)
     : communicator_(communicator),
       optimizer_(optimizer),
       zero_stage_(optimizer.sharding().zero_stage),
+      is_bounded_(zero_stage_ == 2 || (zero_stage_ == 1 && optimizer.control().is_cpu())),
       reductions_(optimizer.buckets().size()),
       order_(reductions_.size()) {
   const std::vector<GradientPlace> places = optimizer.gradient_places();
@@ -67,7 +69,7 @@ void DataParallel::note(size_t place) {
 void DataParallel::send_ready() {
   constexpr const char* kWhat = "the sum of gradients";
   for (; next_ < order_.size() && reductions_[order_[next_]].missing <= 0; ++next_) {
-    if (zero_stage_ == 2 && next_ - settled_ == kMaxUnderWay) {
+    if (is_bounded_ && next_ - settled_ == kMaxUnderWay) {
       settle(order_[settled_++]);
     }
     const size_t bucket = order_[next_];
@@ -120,9 +122,13 @@ void DataParallel::update(const at::Tensor& loss) {
       at::stack({loss.to(at::kDouble), optimizer_.sum_of_squares()}).contiguous();
   communicator_.sum(numbers, kWhat);
   optimizer_.begin_update(numbers.select(0, 1), numbers.select(0, 0));
-  std::vector<std::unique_ptr<PendingCollective>> under_way;
+  std::deque<std::unique_ptr<PendingCollective>> under_way;
   for (size_t bucket = 0; bucket < optimizer_.buckets().size(); ++bucket) {
     optimizer_.update_bucket(bucket);
+    if (under_way.size() == kMaxUnderWay && optimizer_.control().is_cpu()) {
+      under_way.front()->wait();
+      under_way.pop_front();
+    }
     const at::Tensor weights = optimizer_.weights_of(bucket);
     under_way.push_back(communicator_.begin_all_gather(
         optimizer_.own_part(weights, bucket), weights, "the gathering of weights"));

@@ -54,6 +54,7 @@ class DataParallel {
   Communicator& communicator_;
   Optimizer& optimizer_;
   const int64_t zero_stage_;
+  const bool is_bounded_;              // how many reductions are under way
   std::vector<Reduction> reductions_;  // by the optimizer's buckets
   std::vector<size_t> order_;          // in which they leave
   std::vector<std::vector<size_t>> buckets_of_place_;

@@ -357,7 +357,9 @@ LaunchResult launch(const LaunchPlan& plan) {
     // The first start is no restart.
     fruitless = restart == 0 || is_newer(now, before) ? 0 : fruitless + 1;
     if (restart == plan.max_restarts) {
-      spdlog::error("given up after {} restarts; --max-restarts allows more", restart);
+      spdlog::error("given up after {} restarts{}",
+                    restart,
+                    restart == 0 ? "" : "; --max-restarts allows more");
       return result;
     }
     if (fruitless == kMostFruitlessRestarts) {

@@ -280,6 +280,12 @@ Placement placement_of_slurm(const Variables& variables) {
 
 }  // namespace
 
+std::string device_of(const std::string& device, const Placement& placement) {
+  return device == "cuda" && placement.world_size > 1
+             ? device + ":" + std::to_string(placement.local_rank)
+             : device;
+}
+
 std::string first_host(const std::string& name, const std::string& list) {
   std::string host;
   bool is_list = true;

@@ -49,6 +49,10 @@ Placement placement_from(const Variables& variables);
 // The same of this process' environment.
 Placement placement_from_environment();
 
+// The device of this process: of several on a machine each takes the GPU of its local rank for
+// "cuda". Other devices are what they are.
+std::string device_of(const std::string& device, const Placement& placement);
+
 // The first host of a list as SLURM writes it: "node03" of "node[03-05,7],login". Throws
 // std::invalid_argument with `name`, the variable it comes from, if that is no list.
 std::string first_host(const std::string& name, const std::string& list);
