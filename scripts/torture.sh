@@ -6,7 +6,7 @@
 # of processes stayed the same, to 1e-5 if it changed. Then one launcher restarts its rank 100 times.
 #
 #   scripts/torture.sh             200 kills and 100 restarts; prints a summary line
-#   scripts/torture.sh --short     9 kills and 4 restarts, under a minute: what CI runs
+#   scripts/torture.sh --short     9 kills and 3 restarts, under a minute: what CI runs
 #   ... --kills N --restarts N     as many
 #   ... --seed S                   begins as the run that printed this seed
 #   ... --program FILE             of this program; default: the preset `release` is built

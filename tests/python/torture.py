@@ -29,7 +29,8 @@ LAST_BREATH_S = 10
 TOKEN = "ROOKERY_TORTURE"
 STEPS = 240
 STEPS_OF_RESTARTS = 4000
-SAVE_EVERY = 4
+# So often that nearly every kill comes in a save, and so seldom that most do not: by turns.
+SAVE_EVERY = (4, 30)
 # Small steps: what one number of processes rounds otherwise than another does not grow.
 CONFIG = """
 [model]
@@ -250,7 +251,7 @@ class Torture:
         support.rookery("tokenize", "--tokenizer", "bytes", "--output", "corpus", "text.txt",
                         cwd=folder)
 
-    def make_folder(self, name, steps=STEPS, save_every=SAVE_EVERY):
+    def make_folder(self, name, steps, save_every):
         path = self.folder / name
         path.mkdir()
         (path / "run.toml").write_text(
@@ -275,14 +276,16 @@ class Torture:
         name = f"case_{number:02}"
         what = "--nproc " + " or ".join(map(str, counts))
         generator = random.Random(f"{self.seed}/{number}")
-        run = self.make_folder(name)
-        expected = self.run_undisturbed(counts[0])
+        sizes = {"steps": STEPS, "save_every": SAVE_EVERY[number // len(CASES) % 2]}
+        run = self.make_folder(name, **sizes)
+        expected = self.run_undisturbed(counts[0], **sizes)
         killer = Killer(self, run, expected, exact=len(counts) == 1, generator=generator)
         try:
             killer.run(counts, kills)
         finally:
             killer.end()
-        print(f"{name}: {what}, {killer.kills} kills: {'; '.join(killer.deeds)}", flush=True)
+        print(f"{name}: {what}, a save every {sizes['save_every']} steps, {killer.kills} kills: "
+              + "; ".join(killer.deeds), flush=True)
         shutil.rmtree(run.path)
 
     def restarts_in_a_row(self, count):
@@ -458,7 +461,7 @@ class Killer:
 def main():
     parser = argparse.ArgumentParser(prog="scripts/torture.sh")
     parser.add_argument("program")
-    parser.add_argument("--short", action="store_true", help="under a minute: 9 kills, 4 restarts")
+    parser.add_argument("--short", action="store_true", help="under a minute: 9 kills, 3 restarts")
     parser.add_argument("--kills", type=int, help="how often a run is killed, default 200")
     parser.add_argument("--restarts", type=int, help="of one launcher, in a row, default 100")
     parser.add_argument("--seed", type=int, help="repeats what a seed did, as far as time lets")
