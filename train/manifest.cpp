@@ -1,5 +1,6 @@
 #include "train/manifest.h"
 
+#include <algorithm>
 #include <filesystem>
 #include <stdexcept>
 #include <system_error>
@@ -11,6 +12,7 @@
 #include "data/json_text.h"
 #include "data/mapped_file.h"
 #include "data/number_text.h"
+#include "train/run_folder.h"
 
 namespace rwkv {
 namespace {
@@ -68,6 +70,23 @@ std::string find_damage(const fs::path& checkpoint, const ManifestFile& file, Sc
   return "";
 }
 
+// What a manifest must list to be one of this checkpoint.
+std::string find_wrong_list(const fs::path& checkpoint, const Manifest& manifest) {
+  const std::string path = (checkpoint / kManifestName).string();
+  if (checkpoint.filename() != checkpoint_name(manifest.step)) {
+    return path + ": is of step " + std::to_string(manifest.step) +
+           "; it belongs to another checkpoint";
+  }
+  for (const char* stem : {"config.", "trainer.", "model.", "optimizer."}) {
+    if (std::ranges::none_of(manifest.files, [&](const ManifestFile& file) {
+          return file.name.starts_with(stem);
+        })) {
+      return path + ": lists no file " + stem + "*";
+    }
+  }
+  return "";
+}
+
 }  // namespace
 
 std::string to_json(const Manifest& manifest) {
@@ -112,7 +131,11 @@ std::string find_damage(const std::string& checkpoint, Scrutiny scrutiny) {
     if (!fs::exists(folder / kManifestName)) {
       return find_damage_of_old(folder);
     }
-    for (const ManifestFile& file : read_manifest(checkpoint).files) {
+    const Manifest manifest = read_manifest(checkpoint);
+    if (std::string damage = find_wrong_list(folder, manifest); !damage.empty()) {
+      return damage;
+    }
+    for (const ManifestFile& file : manifest.files) {
       if (std::string damage = find_damage(folder, file, scrutiny); !damage.empty()) {
         return damage;
       }

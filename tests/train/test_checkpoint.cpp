@@ -252,6 +252,8 @@ TEST_F(Damage, OfTheManifestIsFound) {
                                    std::string(R"({"step": 2, "processes": 1, "rookery": "", )"
                                                R"("files": [{"name": "../a", "bytes": 1, )"
                                                R"("xxh3_128": ""}]})"),
+                                   std::string(R"({"step": 2, "processes": 1, "rookery": "", )"
+                                               R"("files": []})"),
                                    // Of another save.
                                    test::read_file(older + "/manifest.json")}) {
     test::write_file(name, wrong);

@@ -101,7 +101,7 @@ RunConfig full_config() {
               .length = 17,
               .temperature = 0.7,
               .top_p = 0.6};
-  c.distributed = {.timeout_s = 30};
+  c.distributed = {.timeout_s = 30, .zero = 1, .compare_weights_every_steps = 7};
   c.optimizer = {.beta1 = 0.8,
                  .beta2 = 0.95,
                  .eps = 1e-9,
@@ -476,7 +476,7 @@ TEST(RunConfigResume, LetsHowTheRunIsHandledDiffer) {
   now.train.tensorboard = true;
   now.train.skip_outliers_z.reset();
   now.sample = {.prompt = "b", .length = 7, .temperature = 0.3, .top_p = 0.4};
-  now.distributed = {.timeout_s = 9};
+  now.distributed = {.timeout_s = 9, .zero = 2, .compare_weights_every_steps = 8};
   check_resume(now, saved, 512);
 }
 
@@ -526,6 +526,8 @@ TEST(RunConfigResume, EveryOtherKeyMustMatch) {
                           "sample.temperature",
                           "sample.top_p",
                           "distributed.timeout_s",
+                          "distributed.zero",
+                          "distributed.compare_weights_every_steps",
                           "train.batch_size",
                           "train.total_tokens",
                           "train.total_steps",
