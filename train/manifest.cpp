@@ -12,7 +12,6 @@
 #include "data/json_text.h"
 #include "data/mapped_file.h"
 #include "data/number_text.h"
-#include "train/run_folder.h"
 
 namespace rwkv {
 namespace {
@@ -70,13 +69,9 @@ std::string find_damage(const fs::path& checkpoint, const ManifestFile& file, Sc
   return "";
 }
 
-// What a manifest must list to be one of this checkpoint.
-std::string find_wrong_list(const fs::path& checkpoint, const Manifest& manifest) {
+// What a checkpoint lacks that its manifest does not list.
+std::string find_unlisted(const fs::path& checkpoint, const Manifest& manifest) {
   const std::string path = (checkpoint / kManifestName).string();
-  if (checkpoint.filename() != checkpoint_name(manifest.step)) {
-    return path + ": is of step " + std::to_string(manifest.step) +
-           "; it belongs to another checkpoint";
-  }
   for (const char* stem : {"config.", "trainer.", "model.", "optimizer."}) {
     if (std::ranges::none_of(manifest.files, [&](const ManifestFile& file) {
           return file.name.starts_with(stem);
@@ -132,7 +127,7 @@ std::string find_damage(const std::string& checkpoint, Scrutiny scrutiny) {
       return find_damage_of_old(folder);
     }
     const Manifest manifest = read_manifest(checkpoint);
-    if (std::string damage = find_wrong_list(folder, manifest); !damage.empty()) {
+    if (std::string damage = find_unlisted(folder, manifest); !damage.empty()) {
       return damage;
     }
     for (const ManifestFile& file : manifest.files) {
