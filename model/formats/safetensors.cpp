@@ -4,6 +4,7 @@
 #include <array>
 #include <cstdint>
 #include <cstring>
+#include <future>
 #include <optional>
 #include <stdexcept>
 #include <utility>
@@ -21,8 +22,8 @@ using Json = nlohmann::json;
 
 constexpr uint64_t kLengthBytes = 8;
 constexpr uint64_t kMaxHeaderBytes = 100'000'000;
-// Half of a core's L2 cache: what was just hashed is still there when it is written.
-constexpr size_t kPieceBytes = size_t{1} << 18;
+// Of this size and more a tensor is hashed by one thread while another writes it.
+constexpr size_t kLargeBytes = size_t{1} << 20;
 constexpr std::string_view kMetadataKey = "__metadata__";
 // As kMaxTensors: an entry takes more memory than it has bytes in the file.
 constexpr size_t kMaxMetadata = size_t{1} << 16;
@@ -345,12 +346,14 @@ WrittenFile write_safetensors(const std::string& path,
   AtomicFile file(path);
   ContentHasher hasher;
   const auto write = [&](std::span<const std::byte> bytes) {
-    while (!bytes.empty()) {
-      const auto piece = bytes.first(std::min(bytes.size(), kPieceBytes));
-      hasher.add(piece);
-      file.write(piece);
-      bytes = bytes.subspan(piece.size());
+    if (bytes.size() < kLargeBytes) {
+      hasher.add(bytes);
+      file.write(bytes);
+      return;
     }
+    std::future<void> hashing = std::async(std::launch::async, [&] { hasher.add(bytes); });
+    file.write(bytes);
+    hashing.get();
   };
   write(std::as_bytes(std::span(&length, 1)));
   write(std::as_bytes(std::span(header)));
