@@ -136,8 +136,7 @@ class Optimizer {
   // on meanwhile; update() may not.
   void copy_state(CheckpointPieces& state) const;
   // Continues from saved state: fills masters and moments by name and sets the count of updates.
-  // Throws
-  // std::runtime_error naming the file and a tensor that is missing or of another shape.
+  // Throws std::runtime_error naming the file and a tensor that is missing or of another shape.
   void load(const CheckpointTensors& saved, int64_t updates);
 
  private:

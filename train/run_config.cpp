@@ -516,7 +516,9 @@ void RunConfig::validate() const {
   require_in_range(5, 86'400, "distributed.timeout_s", distributed.timeout_s);
   require_at_least(
       1, "distributed.compare_weights_every_steps", distributed.compare_weights_every_steps);
-  require_in_range(0, 2, "distributed.zero", static_cast<double>(distributed.zero));
+  if (distributed.zero < 0 || distributed.zero > 2) {
+    reject_value("distributed.zero", to_config_text(distributed.zero), "must be 0, 1 or 2");
+  }
   validate_together(*this);
 }
 

@@ -6,6 +6,8 @@
 #include <stdexcept>
 #include <string>
 
+#include "data/atomic_file.h"
+
 namespace rwkv {
 
 // Removed with all it holds when the object goes.
@@ -15,7 +17,8 @@ class TemporaryFolder {
       const std::filesystem::path& parent = std::filesystem::temp_directory_path()) {
     std::string name = (parent / "rookery_bench_XXXXXX").string();
     if (mkdtemp(name.data()) == nullptr) {
-      throw std::runtime_error(name + ": the folder cannot be made; is there room in it?");
+      throw std::runtime_error(name + ": the folder cannot be made: " + reason_of_failure() +
+                               "; name one that is there, and writable");
     }
     path_ = name;
   }

@@ -7,6 +7,7 @@
 #include <stdexcept>
 #include <string_view>
 
+#include "train/buckets.h"
 #include "train/run_config.h"
 #include "train/run_folder.h"
 #include "train/torch_library.h"
@@ -21,8 +22,7 @@ constexpr std::array<const char*, 5> kLauncherOptions = {
 constexpr int64_t kMostRanksHere = 1024;
 constexpr int64_t kMostNodes = 100'000;
 constexpr int64_t kMostRestarts = 1'000'000;
-// Of gradients (train/buckets.h).
-constexpr int64_t kBucketMegabytes = 100;
+constexpr int64_t kBucketMegabytes = Sharding{}.bucket_bytes >> 20;
 
 bool is_launcher_option(const std::string& name) {
   return std::find(kLauncherOptions.begin(), kLauncherOptions.end(), name) !=
