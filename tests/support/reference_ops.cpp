@@ -25,6 +25,27 @@ ReferenceWkv4 reference_wkv4(const at::Tensor& w_log_A,
   return {at::stack(y, 1), numerator, denominator};
 }
 
+ReferenceWkv7 reference_wkv7(const at::Tensor& r_BTC,
+                             const at::Tensor& w_BTC,
+                             const at::Tensor& k_BTC,
+                             const at::Tensor& v_BTC,
+                             const at::Tensor& a_BTC,
+                             const at::Tensor& b_BTC,
+                             const at::Tensor& state_BHNN) {
+  const int64_t B = r_BTC.size(0), H = state_BHNN.size(1), N = state_BHNN.size(2);
+  // S as the paper has it: first the value, then the key.
+  at::Tensor S = state_BHNN.transpose(2, 3);
+  std::vector<at::Tensor> y;
+  for (int64_t t = 0; t < r_BTC.size(1); ++t) {
+    const auto column = [&](const at::Tensor& x) { return x.select(1, t).view({B, H, N, 1}); };
+    const auto row = [&](const at::Tensor& x) { return x.select(1, t).view({B, H, 1, N}); };
+    const at::Tensor u = S.matmul(column(a_BTC));
+    S = S * row(w_BTC) + u * row(b_BTC) + column(v_BTC) * row(k_BTC);
+    y.push_back(S.matmul(column(r_BTC)).view({B, H * N}));
+  }
+  return {at::stack(y, 1), S.transpose(2, 3)};
+}
+
 std::vector<at::Tensor> reference_layer_norm_shift_mix(const at::Tensor& s_BTC,
                                                        const at::Tensor& weight_C,
                                                        const at::Tensor& bias_C,

@@ -23,6 +23,20 @@ ReferenceWkv4 reference_wkv4(const at::Tensor& w_log_A,
                              const at::Tensor& numerator_BA,
                              const at::Tensor& denominator_BA);
 
+struct ReferenceWkv7 {
+  at::Tensor y_BTC;
+  at::Tensor state_BHNN;  // as wkv7's: first the key, then the value
+};
+
+// wkv7 as its definition says, token by token; w_BTC is the decay itself.
+ReferenceWkv7 reference_wkv7(const at::Tensor& r_BTC,
+                             const at::Tensor& w_BTC,
+                             const at::Tensor& k_BTC,
+                             const at::Tensor& v_BTC,
+                             const at::Tensor& a_BTC,
+                             const at::Tensor& b_BTC,
+                             const at::Tensor& state_BHNN);
+
 // layer_norm_shift_mix of s = x + delta: s, n of the last token, then each mix.
 std::vector<at::Tensor> reference_layer_norm_shift_mix(const at::Tensor& s_BTC,
                                                        const at::Tensor& weight_C,
