@@ -34,14 +34,19 @@ BlockImpl::BlockImpl(int64_t layer,
   register_module("ffn", ffn);
 }
 
-BlockOutput BlockImpl::run(const at::Tensor& x_BTC, const LayerState& before, bool drop_mixes) {
+BlockOutput BlockImpl::run(const BlockInput& input, const LayerState& before, bool drop_mixes) {
   const at::Tensor att_mixes = att->mixes();
-  const auto att_in = ln1->shift_mix(ln0 ? ln0(x_BTC) : x_BTC, {}, before.att_shift_BC, att_mixes);
-  const TimeMixOutput mixed = att->forward({.mixed_J = att_in.mixed_J, .wkv = before.wkv});
+  const at::Tensor x_BTC = ln0 ? ln0(input.x_BTC) : input.x_BTC;
+  const auto att_in = ln1->shift_mix(x_BTC, {}, before.att_shift_BC, att_mixes);
+  const TimeMixOutput mixed = att->forward(
+      {.mixed_J = att_in.mixed_J, .wkv = before.wkv, .v_first_BTC = input.v_first_BTC});
   if (drop_mixes) {
-    drop_until_backward(att_in.mixed_J,
-                        {mixed.y_BTC, mixed.wkv},
-                        mixes_again(ln1, att_in.sum_BTC, before.att_shift_BC, att_mixes));
+    std::vector<at::Tensor> outputs{mixed.y_BTC, mixed.wkv};
+    if (mixed.v_first_BTC.defined()) {
+      outputs.push_back(mixed.v_first_BTC);
+    }
+    drop_until_backward(
+        att_in.mixed_J, outputs, mixes_again(ln1, att_in.sum_BTC, before.att_shift_BC, att_mixes));
   }
   const at::Tensor ffn_mixes = ffn->mixes();
   const auto ffn_in = ln2->shift_mix(att_in.sum_BTC, mixed.y_BTC, before.ffn_shift_BC, ffn_mixes);
@@ -52,25 +57,36 @@ BlockOutput BlockImpl::run(const at::Tensor& x_BTC, const LayerState& before, bo
                         mixes_again(ln2, ffn_in.sum_BTC, before.ffn_shift_BC, ffn_mixes));
   }
   return {
-      .x_BTC = out_BTC,
+      .next = {.x_BTC = out_BTC,
+               .v_first_BTC = mixed.v_first_BTC.defined() ? mixed.v_first_BTC : input.v_first_BTC},
       .after = {.att_shift_BC = att_in.last_BC, .ffn_shift_BC = ffn_in.last_BC, .wkv = mixed.wkv}};
 }
 
-BlockOutput BlockImpl::forward(const at::Tensor& x_BTC,
+BlockOutput BlockImpl::forward(const BlockInput& input,
                                const LayerState& before,
                                Recompute recompute) {
   if (recompute != Recompute::kBlocks) {
-    return run(x_BTC, before, recompute == Recompute::kMixes);
+    return run(input, before, recompute == Recompute::kMixes);
   }
+  const bool has_v_first = input.v_first_BTC.defined();
   const auto outputs = run_twice(
-      [this](const std::vector<at::Tensor>& in) {
+      [this, has_v_first](const std::vector<at::Tensor>& in) {
         const BlockOutput output =
-            run(in[0], {.att_shift_BC = in[1], .ffn_shift_BC = in[2], .wkv = in[3]}, false);
-        return std::vector{
-            output.x_BTC, output.after.att_shift_BC, output.after.ffn_shift_BC, output.after.wkv};
+            run({.x_BTC = in[0], .v_first_BTC = has_v_first ? in[4] : at::Tensor()},
+                {.att_shift_BC = in[1], .ffn_shift_BC = in[2], .wkv = in[3]},
+                false);
+        std::vector results{output.next.x_BTC,
+                            output.after.att_shift_BC,
+                            output.after.ffn_shift_BC,
+                            output.after.wkv};
+        if (!has_v_first && output.next.v_first_BTC.defined()) {
+          results.push_back(output.next.v_first_BTC);
+        }
+        return results;
       },
-      {x_BTC, before.att_shift_BC, before.ffn_shift_BC, before.wkv});
-  return {.x_BTC = outputs[0],
+      {input.x_BTC, before.att_shift_BC, before.ffn_shift_BC, before.wkv, input.v_first_BTC});
+  return {.next = {.x_BTC = outputs[0],
+                   .v_first_BTC = outputs.size() > 4 ? outputs[4] : input.v_first_BTC},
           .after = {.att_shift_BC = outputs[1], .ffn_shift_BC = outputs[2], .wkv = outputs[3]}};
 }
 

@@ -18,10 +18,14 @@ namespace rwkv {
 struct TimeMixInput {
   std::vector<at::Tensor> mixed_J;  // the ln1 output mixed with its token shift, [B, T, C] each
   at::Tensor wkv;                   // wkv state before the first token
+  at::Tensor v_first_BTC;           // the first layer's values; undefined in it
 };
 struct TimeMixOutput {
   at::Tensor y_BTC;  // to be added to the residual stream
   at::Tensor wkv;    // wkv state after the last token
+  // The values that all later layers get, of the first layer; undefined in versions whose layers
+  // have nothing of each other but the residual stream.
+  at::Tensor v_first_BTC = {};
 };
 // Base of the versions' TimeMix.
 struct TimeMix : torch::nn::Module {
@@ -41,8 +45,12 @@ struct ChannelMix : torch::nn::Module {
                              const std::vector<at::Tensor>& mixed_J) = 0;
 };
 
-struct BlockOutput {
+struct BlockInput {
   at::Tensor x_BTC;
+  at::Tensor v_first_BTC;  // as TimeMixInput's
+};
+struct BlockOutput {
+  BlockInput next;  // of the next block
   LayerState after;
 };
 
@@ -53,7 +61,7 @@ struct BlockImpl : torch::nn::Module {
             int64_t n_embd,
             std::shared_ptr<TimeMix> time_mix,
             std::shared_ptr<ChannelMix> channel_mix);
-  BlockOutput forward(const at::Tensor& x_BTC, const LayerState& before, Recompute recompute);
+  BlockOutput forward(const BlockInput& input, const LayerState& before, Recompute recompute);
 
   LayerNorm ln0 = nullptr;  // block 0 alone
   LayerNorm ln1;
@@ -62,7 +70,7 @@ struct BlockImpl : torch::nn::Module {
   std::shared_ptr<ChannelMix> ffn;
 
  private:
-  BlockOutput run(const at::Tensor& x_BTC, const LayerState& before, bool drop_mixes);
+  BlockOutput run(const BlockInput& input, const LayerState& before, bool drop_mixes);
 };
 TORCH_MODULE(Block);
 

@@ -1,6 +1,7 @@
 #include "model/recompute.h"
 
 #include <memory>
+#include <optional>
 
 #include <ATen/ATen.h>
 #include <torch/csrc/autograd/autograd.h>
@@ -64,7 +65,8 @@ class Dropped {
 tensor_list detached(const tensor_list& tensors) {
   tensor_list result;
   for (const at::Tensor& tensor : tensors) {
-    result.push_back(tensor.detach().set_requires_grad(tensor.requires_grad()));
+    result.push_back(tensor.defined() ? tensor.detach().set_requires_grad(tensor.requires_grad())
+                                      : tensor);
   }
   return result;
 }
@@ -77,8 +79,9 @@ struct SegmentFunction : torch::autograd::Function<SegmentFunction> {
                              const at::Tensor& first,
                              const at::Tensor& second,
                              const at::Tensor& third,
-                             const at::Tensor& fourth) {
-    const tensor_list inputs{first, second, third, fourth};
+                             const at::Tensor& fourth,
+                             const std::optional<at::Tensor>& fifth) {
+    const tensor_list inputs{first, second, third, fourth, fifth.value_or(at::Tensor())};
     context->save_for_backward(inputs);
     context->set_materialize_grads(false);
     // The context keeps values, not closures.
@@ -114,7 +117,7 @@ struct SegmentFunction : torch::autograd::Function<SegmentFunction> {
     torch::autograd::backward(outputs, output_grads);
     tensor_list result(2);
     for (const at::Tensor& input : inputs) {
-      result.push_back(input.grad());
+      result.push_back(input.defined() ? input.grad() : input);
     }
     return result;
   }
@@ -145,7 +148,7 @@ void drop_until_backward(const std::vector<at::Tensor>& dropped,
   }
 }
 
-std::vector<at::Tensor> run_twice(Segment function, const std::array<at::Tensor, 4>& inputs) {
+std::vector<at::Tensor> run_twice(Segment function, const std::array<at::Tensor, 5>& inputs) {
   if (!at::GradMode::is_enabled()) {
     return function({inputs.begin(), inputs.end()});
   }
@@ -155,7 +158,8 @@ std::vector<at::Tensor> run_twice(Segment function, const std::array<at::Tensor,
                                 inputs[0],
                                 inputs[1],
                                 inputs[2],
-                                inputs[3]);
+                                inputs[3],
+                                inputs[4].defined() ? std::optional(inputs[4]) : std::nullopt);
 }
 
 }  // namespace rwkv

@@ -21,8 +21,9 @@ void drop_until_backward(const std::vector<at::Tensor>& dropped,
 
 // The values of function(inputs), of which only the inputs are kept: backward calls it again, and
 // its own backward. Gradients of parameters that it uses arrive at them as from any other backward,
-// hooks included. `function` must do the same both times. Four inputs: a block's and its state's.
+// hooks included. `function` must do the same both times. Five inputs, a block's and its state's;
+// one may be undefined.
 using Segment = std::function<std::vector<at::Tensor>(const std::vector<at::Tensor>&)>;
-std::vector<at::Tensor> run_twice(Segment function, const std::array<at::Tensor, 4>& inputs);
+std::vector<at::Tensor> run_twice(Segment function, const std::array<at::Tensor, 5>& inputs);
 
 }  // namespace rwkv

@@ -4,10 +4,10 @@
 
 #include <ATen/ATen.h>
 
+#include "model/initial_values.h"
 #include "model/ops/gated_residual.h"
 #include "model/ops/relu_squared.h"
 #include "model/ops/wkv4.h"
-#include "model/version_shapes.h"
 
 namespace rwkv {
 namespace {
@@ -25,38 +25,8 @@ at::Tensor initial_wkv(const ModelConfig& config,
 
 // ---- Initial values -----------------------------------------------------------------------------
 
-// Orthonormal rows or columns (whichever are fewer) times the gain.
-void fill_orthogonal(at::Tensor& parameter, double gain, at::Generator generator) {
-  const int64_t rows = parameter.size(0);
-  const int64_t cols = parameter.size(1);
-  const at::Tensor normal =
-      at::randn({std::max(rows, cols), std::min(rows, cols)}, generator, at::kFloat);
-  auto [q, r] = at::linalg_qr(normal);
-  // Without the signs of R's diagonal the factor would not be uniform over orthogonal matrices.
-  q = q * r.diagonal().sign();
-  parameter.copy_((rows >= cols ? q : q.t()) * gain);
-}
-
-// Layer number in "blocks.3.att.key.weight"; the name after it.
-struct BlockName {
-  int64_t layer;
-  std::string_view rest;
-};
-BlockName parse_block_name(std::string_view name) {
-  constexpr std::string_view kPrefix = "blocks.";
-  const size_t dot = name.find('.', kPrefix.size());
-  TORCH_CHECK(name.starts_with(kPrefix) && dot != std::string_view::npos,
-              "rwkv4 has no parameter called ",
-              name);
-  return {std::stoll(std::string(name.substr(kPrefix.size(), dot - kPrefix.size()))),
-          name.substr(dot + 1)};
-}
-
 at::Tensor initial_time_decay(const ModelConfig& config, double r01) {
-  // One channel has no span; it takes the slow end.
-  const double span = static_cast<double>(std::max<int64_t>(config.dim_att - 1, 1));
-  const at::Tensor h = at::arange(config.dim_att, at::kDouble) / span;
-  return -5 + 8 * h.pow(0.7 + 1.3 * r01);
+  return -5 + 8 * channel_span(config.dim_att).pow(0.7 + 1.3 * r01);
 }
 
 at::Tensor initial_time_first(const ModelConfig& config) {
@@ -69,16 +39,12 @@ void initialise(const ModelConfig& config,
                 at::Tensor& parameter,
                 double emb_range,
                 at::Generator generator) {
-  const double gain_of_shape = parameter.dim() == 2 && parameter.size(0) > parameter.size(1)
-                                   ? std::sqrt(static_cast<double>(parameter.size(0)) /
-                                               static_cast<double>(parameter.size(1)))
-                                   : 1.0;
   if (name == "emb.weight") {
     parameter.uniform_(-emb_range, emb_range, generator);
     return;
   }
   if (name == "head.weight") {
-    fill_orthogonal(parameter, 0.5 * gain_of_shape, generator);
+    fill_orthogonal(parameter, 0.5 * widening_gain(parameter), generator);
     return;
   }
   if (name.ends_with(".bias")) {
@@ -90,11 +56,9 @@ void initialise(const ModelConfig& config,
     return;
   }
   const auto [layer, rest] = parse_block_name(name);
-  const double r01 = config.n_layer == 1
-                         ? 0.0
-                         : static_cast<double>(layer) / static_cast<double>(config.n_layer - 1);
-  const double r10 = 1.0 - static_cast<double>(layer) / static_cast<double>(config.n_layer);
-  const at::Tensor d = at::arange(config.n_embd, at::kDouble) / static_cast<double>(config.n_embd);
+  const double r01 = depth_up(config, layer);
+  const double r10 = depth_down(config, layer);
+  const at::Tensor d = channel_ratios(config.n_embd);
   if (rest.starts_with("ln")) {
     parameter.fill_(1);
   } else if (rest == "att.time_decay") {
@@ -108,7 +72,7 @@ void initialise(const ModelConfig& config,
   } else if (rest == "att.time_mix_k" || rest.starts_with("ffn.time_mix_")) {
     parameter.copy_(d.pow(r10).view_as(parameter));
   } else if (rest == "att.value.weight" || rest == "ffn.key.weight") {
-    fill_orthogonal(parameter, gain_of_shape, generator);
+    fill_orthogonal(parameter, widening_gain(parameter), generator);
   } else {
     // att key, receptance, output; ffn receptance, value.
     parameter.zero_();
@@ -126,11 +90,7 @@ ParameterTraits traits(std::string_view name, at::IntArrayRef shape) {
     result.lr_scale = 3;
     result.keep_fp32 = true;
   }
-  int64_t wide_axes = 0;
-  for (const int64_t size : shape) {
-    wide_axes += size > 1;
-  }
-  result.weight_decay = wide_axes >= 2;
+  result.weight_decay = num_wide_axes(shape) >= 2;
   return result;
 }
 
@@ -189,9 +149,6 @@ at::Tensor Rwkv4ChannelMix::forward(const at::Tensor& residual_BTC,
 ModelVersion rwkv4_version() {
   return {
       .name = "rwkv4",
-      .resolve = &resolve_rwkv4,
-      .recognises = &is_rwkv4,
-      .config_of = &rwkv4_config_of,
       .make_time_mix = [](const ModelConfig& config, int64_t) -> std::shared_ptr<TimeMix> {
         return std::make_shared<Rwkv4TimeMix>(config);
       },

@@ -5,12 +5,13 @@
 
 #include "model/ops/embedding.h"
 #include "model/ops/head_loss.h"
+#include "model/version_shapes.h"
 
 namespace rwkv {
 namespace {
 
 ModelConfig resolved(ModelConfig config) {
-  find_version(config.version).resolve(config);
+  find_version_shapes(config.version).resolve(config);
   config.validate();
   return config;
 }
@@ -56,12 +57,14 @@ RwkvModelImpl::Hidden RwkvModelImpl::run_blocks(const at::Tensor& tokens_BT, con
               state.layers.size(),
               " layers but the model has ",
               config_.n_layer);
-  Hidden hidden{.x_BTC = ops::embedding(emb_->weight, tokens_BT), .state = {}};
+  Hidden hidden;
+  BlockInput input{.x_BTC = ops::embedding(emb_->weight, tokens_BT), .v_first_BTC = {}};
   for (size_t layer = 0; layer < blocks_.size(); ++layer) {
-    BlockOutput output = blocks_[layer](hidden.x_BTC, state.layers[layer], recompute_);
-    hidden.x_BTC = std::move(output.x_BTC);
+    BlockOutput output = blocks_[layer](input, state.layers[layer], recompute_);
+    input = std::move(output.next);
     hidden.state.layers.push_back(std::move(output.after));
   }
+  hidden.x_BTC = std::move(input.x_BTC);
   return hidden;
 }
 

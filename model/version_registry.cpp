@@ -1,22 +1,15 @@
 #include "model/version_registry.h"
 
 #include <array>
-#include <stdexcept>
 
 #include "model/rwkv4.h"
+#include "model/rwkv7.h"
+#include "model/version_shapes.h"
 
 namespace rwkv {
 namespace {
 
-const std::array kVersions = {rwkv4_version()};
-
-std::string known_names() {
-  std::string names;
-  for (const ModelVersion& version : kVersions) {
-    names.append(names.empty() ? "" : ", ").append(version.name);
-  }
-  return names;
-}
+const std::array kVersions = {rwkv4_version(), rwkv7_version()};
 
 }  // namespace
 
@@ -26,18 +19,9 @@ const ModelVersion& find_version(std::string_view name) {
       return version;
     }
   }
-  throw std::invalid_argument("model.version = \"" + std::string(name) +
-                              "\": no such version; known are " + known_names());
-}
-
-const ModelVersion& recognise_version(const TensorShapes& shapes) {
-  for (const ModelVersion& version : kVersions) {
-    if (version.recognises(shapes)) {
-      return version;
-    }
-  }
-  throw std::runtime_error("holds " + std::to_string(shapes.size()) +
-                           " tensors of no RWKV version known here; known are " + known_names());
+  // Every version that can be told from a file can be made: this one throws.
+  find_version_shapes(name);
+  TORCH_CHECK(false, "version ", name, " has a row of shapes but none that makes its model");
 }
 
 }  // namespace rwkv

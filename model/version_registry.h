@@ -10,7 +10,6 @@
 
 #include "model/block.h"
 #include "model/model_config.h"
-#include "model/version_shapes.h"
 
 namespace rwkv {
 
@@ -22,16 +21,7 @@ struct ParameterTraits {
 };
 
 struct ModelVersion {
-  std::string_view name;
-
-  // Fills what the configuration leaves open (dim_att, dim_ffn) and checks what is the version's
-  // own. Throws std::invalid_argument naming the key.
-  void (*resolve)(ModelConfig& config);
-  // Whether a file's tensors are this version's; rows are asked in the table's order.
-  bool (*recognises)(const TensorShapes& shapes);
-  // The sizes such a file has (ctx_len is not in a file: it stays the default). Throws
-  // std::runtime_error naming a tensor that is missing or of an odd shape.
-  ModelConfig (*config_of)(const TensorShapes& shapes);
+  std::string_view name;  // that of its row in model/version_shapes.h
 
   std::shared_ptr<TimeMix> (*make_time_mix)(const ModelConfig& config, int64_t layer);
   std::shared_ptr<ChannelMix> (*make_channel_mix)(const ModelConfig& config, int64_t layer);
@@ -50,7 +40,5 @@ struct ModelVersion {
 
 // Throws std::invalid_argument listing the known names.
 const ModelVersion& find_version(std::string_view name);
-// Throws std::runtime_error saying that no known version has these tensors.
-const ModelVersion& recognise_version(const TensorShapes& shapes);
 
 }  // namespace rwkv

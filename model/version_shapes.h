@@ -1,5 +1,5 @@
-// What a weight file's names and shapes tell of the model in it. No Torch here: files are looked at
-// without it.
+// What a weight file's names and shapes tell of the model in it, version by version: one row each.
+// No Torch here: files are looked at, and runs planned, without it.
 #pragma once
 
 #include <cstdint>
@@ -7,6 +7,7 @@
 #include <map>
 #include <optional>
 #include <string>
+#include <string_view>
 #include <vector>
 
 #include "model/formats/weight_file.h"
@@ -23,18 +24,28 @@ int64_t num_elements(const std::vector<int64_t>& shape);
 // characters, ? one, [a-z] one of a set.
 bool matches_any(const std::vector<std::string>& patterns, const std::string& name);
 
-// Whether the tensors are an RWKV-4's, and the sizes they have (ctx_len is not in a file: it stays
-// the default). Throws std::runtime_error naming a tensor that is missing or of an odd shape: of
-// each layer those are looked at that bound how much larger than the file a model of these sizes
-// is.
-bool is_rwkv4(const TensorShapes& shapes);
-ModelConfig rwkv4_config_of(const TensorShapes& shapes);
+struct VersionShapes {
+  std::string_view name;  // "rwkv4"
 
-// Fills what an RWKV-4's configuration leaves open (dim_att, dim_ffn). Throws std::invalid_argument
-// naming the key for a head_size, which it has not.
-void resolve_rwkv4(ModelConfig& config);
-// The names and shapes of all parameters of an RWKV-4 whose configuration is resolved.
-TensorShapes rwkv4_shapes(const ModelConfig& config);
+  // Whether the tensors are this version's; rows are asked in the table's order.
+  bool (*recognises)(const TensorShapes& shapes);
+  // The sizes that they have (ctx_len is not in a file: it stays the default). Throws
+  // std::runtime_error naming a tensor that is missing or of an odd shape: of each layer those are
+  // looked at that bound how much larger than the file a model of these sizes is.
+  ModelConfig (*config_of)(const TensorShapes& shapes);
+  // Fills what a configuration leaves open and checks what is the version's own. Throws
+  // std::invalid_argument naming the key.
+  void (*resolve)(ModelConfig& config);
+  // The names and shapes of all parameters of a model whose configuration is resolved.
+  TensorShapes (*parameters)(const ModelConfig& config);
+  // Patterns of parameters that a file may lack because nothing reads them; they are zero then.
+  std::vector<std::string> unused = {};
+};
+
+// Throws std::invalid_argument listing the known names.
+const VersionShapes& find_version_shapes(std::string_view name);
+// Throws std::runtime_error saying that no known version has these tensors.
+const VersionShapes& recognise_version(const TensorShapes& shapes);
 
 // The version ("rwkv4", "rwkv5", "rwkv6", "rwkv7") and sizes of a model of any RWKV-LM release,
 // whether this program can train it or not, told by names that one version alone has. Nothing if it
@@ -42,5 +53,27 @@ TensorShapes rwkv4_shapes(const ModelConfig& config);
 // Source: BlinkDL/RWKV-LM RWKV-v4neo/src/model.py, RWKV-v5/src/model.py,
 // RWKV-v7/train_temp/src/model.py.
 std::optional<ModelConfig> describe_shapes(const TensorShapes& shapes);
+
+// ---- The rows, and what they are written with -------------------------------------------------
+
+VersionShapes rwkv4_shapes();
+VersionShapes rwkv7_shapes();
+
+// The tensor's shape. Throws std::runtime_error if it is missing.
+const std::vector<int64_t>& shape_of(const TensorShapes& shapes, const std::string& name);
+// The same of a matrix. Throws std::runtime_error for another number of axes.
+const std::vector<int64_t>& matrix_shape_of(const TensorShapes& shapes, const std::string& name);
+// version, vocab_size, n_embd and n_layer, the first two from emb.weight. Throws as above, and for
+// a size of 0, whose shape costs a file nothing.
+ModelConfig common_config_of(const TensorShapes& shapes, std::string_view version);
+// Throws std::runtime_error unless the tensor has this shape, which follows from emb.weight and
+// block 0.
+void require_shape(const TensorShapes& shapes,
+                   const std::string& name,
+                   const std::vector<int64_t>& expected);
+// emb, head, ln_out and the norms of the blocks, which all versions have.
+TensorShapes common_parameters(const ModelConfig& config);
+// "model.head_size = 8: rwkv4 has none; leave the key out", unless the value is 0.
+void refuse_key(const char* key, int64_t value, std::string_view version);
 
 }  // namespace rwkv

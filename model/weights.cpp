@@ -137,6 +137,7 @@ LoadReport load_weights(RwkvModel& model, const WeightFile& file, const LoadRule
   const at::NoGradGuard no_grad;
   LoadReport report;
   const ModelConfig& config = model->config();
+  const std::vector<std::string>& unused = find_version_shapes(config.version).unused;
   auto parameters = model->named_parameters();
   for (auto& item : parameters) {
     const StoredTensor* stored = file.find(item.key());
@@ -145,6 +146,8 @@ LoadReport load_weights(RwkvModel& model, const WeightFile& file, const LoadRule
       if (item.key() == "emb.weight") {
         report.new_rows = item.value().size(0) - stored->shape[0];
       }
+    } else if (matches_any(unused, item.key())) {
+      item.value().zero_();
     } else if (matches_any(rules.may_be_missing, item.key())) {
       report.missing.push_back(item.key());
     } else {

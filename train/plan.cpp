@@ -192,11 +192,7 @@ double MemoryPlan::tensor_bytes() const {
 }
 
 ParameterCount count_parameters(const ModelConfig& model, const std::vector<std::string>& freeze) {
-  if (model.version != "rwkv4") {
-    throw std::invalid_argument("model.version = \"" + model.version +
-                                "\": memory can be planned for \"rwkv4\" alone");
-  }
-  const TensorShapes shapes = rwkv4_shapes(model);
+  const TensorShapes shapes = find_version_shapes(model.version).parameters(model);
   for (const std::string& pattern : freeze) {
     if (std::ranges::none_of(
             shapes, [&](const auto& tensor) { return matches_any({pattern}, tensor.first); })) {

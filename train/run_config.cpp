@@ -26,7 +26,7 @@ ConfigSection model_section(ModelConfig& m) {
   return {
       "model",
       {
-          {"version", &m.version, "version of the architecture, such as \"rwkv4\""},
+          {"version", &m.version, "version of the architecture, \"rwkv4\" or \"rwkv7\""},
           {"n_layer", AbsentIfZero{&m.n_layer}, "blocks; absent: init.from's, or 6"},
           {"n_embd",
            AbsentIfZero{&m.n_embd},
@@ -34,6 +34,10 @@ ConfigSection model_section(ModelConfig& m) {
           {"dim_att", AbsentIfZero{&m.dim_att}, "width of time mixing; absent: n_embd"},
           {"dim_ffn", AbsentIfZero{&m.dim_ffn}, "width of channel mixing; absent: the version's"},
           {"head_size", AbsentIfZero{&m.head_size}, "channels a head; absent: the version's"},
+          {"rank_decay", AbsentIfZero{&m.rank_decay}, "of rwkv7's w1, w2; absent: the author's"},
+          {"rank_iclr", AbsentIfZero{&m.rank_iclr}, "the same of a1, a2"},
+          {"rank_value", AbsentIfZero{&m.rank_value}, "the same of v1, v2"},
+          {"rank_gate", AbsentIfZero{&m.rank_gate}, "the same of g1, g2"},
           {"vocab_size",
            AbsentIfZero{&m.vocab_size},
            "tokens; absent: init.from's, or the corpus' tokenizer's"},

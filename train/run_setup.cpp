@@ -15,7 +15,7 @@
 #include "data/binidx.h"
 #include "data/tokenizer_registry.h"
 #include "model/formats/format_registry.h"
-#include "model/version_registry.h"
+#include "model/version_shapes.h"
 #include "model/weights.h"
 #include "train/checkpoint.h"
 #include "train/model_sizes.h"
@@ -105,7 +105,7 @@ RunConfig resolve_run_config(RunConfig config) {
   if (config.data.validation) {
     check_same_tokenizer(corpus, BinidxFile(*config.data.validation));
   }
-  find_version(config.model.version).resolve(config.model);
+  find_version_shapes(config.model.version).resolve(config.model);
   config.model.validate();
   return config;
 }

@@ -106,16 +106,8 @@ ForwardResult call_forward(const at::Tensor& r_BTC,
                                                   const at::Tensor&,
                                                   const std::optional<at::Tensor>&,
                                                   bool)>();
-  return op.call(r_BTC,
-                 w_raw_BTC,
-                 k_BTC,
-                 v_BTC,
-                 a_BTC,
-                 b_BTC,
-                 w0_C,
-                 state_BHNN,
-                 starts_BT,
-                 for_backward);
+  return op.call(
+      r_BTC, w_raw_BTC, k_BTC, v_BTC, a_BTC, b_BTC, w0_C, state_BHNN, starts_BT, for_backward);
 }
 
 struct Wkv7Function : torch::autograd::Function<Wkv7Function> {
@@ -246,25 +238,21 @@ Wkv7Output wkv7(const Wkv7Inputs& inputs,
     return {at::empty_like(inputs.r_BTC), state_BHNN};
   }
   bool needs_gradient = w0_C.requires_grad() || state_BHNN.requires_grad();
-  for (const at::Tensor& tensor : {inputs.r_BTC,
-                                   inputs.w_raw_BTC,
-                                   inputs.k_BTC,
-                                   inputs.v_BTC,
-                                   inputs.a_BTC,
-                                   inputs.b_BTC}) {
+  for (const at::Tensor& tensor :
+       {inputs.r_BTC, inputs.w_raw_BTC, inputs.k_BTC, inputs.v_BTC, inputs.a_BTC, inputs.b_BTC}) {
     needs_gradient = needs_gradient || tensor.requires_grad();
   }
-  auto [y_BTC, state_out_BHNN, u_BTC, states] = call_forward(
-      inputs.r_BTC.contiguous(),
-      inputs.w_raw_BTC.contiguous(),
-      inputs.k_BTC.contiguous(),
-      inputs.v_BTC.contiguous(),
-      inputs.a_BTC.contiguous(),
-      inputs.b_BTC.contiguous(),
-      w0_C.contiguous(),
-      state_BHNN.contiguous(),
-      starts_BT.defined() ? std::optional(starts_BT.contiguous()) : std::nullopt,
-      at::GradMode::is_enabled() && needs_gradient);
+  auto [y_BTC, state_out_BHNN, u_BTC, states] =
+      call_forward(inputs.r_BTC.contiguous(),
+                   inputs.w_raw_BTC.contiguous(),
+                   inputs.k_BTC.contiguous(),
+                   inputs.v_BTC.contiguous(),
+                   inputs.a_BTC.contiguous(),
+                   inputs.b_BTC.contiguous(),
+                   w0_C.contiguous(),
+                   state_BHNN.contiguous(),
+                   starts_BT.defined() ? std::optional(starts_BT.contiguous()) : std::nullopt,
+                   at::GradMode::is_enabled() && needs_gradient);
   return {y_BTC, state_out_BHNN};
 }
 

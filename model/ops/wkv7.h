@@ -1,4 +1,5 @@
-// wkv7: the recurrence of RWKV-7, one matrix of state per head, updated by a generalised delta rule.
+// wkv7: the recurrence of RWKV-7, one matrix of state per head, updated by a generalised delta
+// rule.
 //
 // Per batch row and head, with N channels each and the state S [N values, N keys]:
 //   w_t = exp(-e^{-1/2} sigmoid(w0 + w_raw_t))    in (0.545, 1)
@@ -22,8 +23,8 @@
 namespace rwkv::ops {
 
 struct Wkv7Output {
-  at::Tensor y_BTC;        // [B, T, C], dtype of r
-  at::Tensor state_BHNN;   // [B, H, N, N], dtype of the state: after the last token
+  at::Tensor y_BTC;       // [B, T, C], dtype of r
+  at::Tensor state_BHNN;  // [B, H, N, N], dtype of the state: after the last token
 };
 
 // What wkv7 reads of each token, [B, T, C] each, C = H N, head h in channels h N ... (h + 1) N - 1.

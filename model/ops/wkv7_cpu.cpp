@@ -272,7 +272,10 @@ struct TokenRows {
 
 // The state goes a token on, with the keys in the lanes and u known.
 template <typename Vector, typename Scalar>
-RWKV_INLINE void advance_by_keys(Scalar* S, int64_t size, int64_t stride, const TokenRows<Scalar>& x) {
+RWKV_INLINE void advance_by_keys(Scalar* S,
+                                 int64_t size,
+                                 int64_t stride,
+                                 const TokenRows<Scalar>& x) {
   for (int64_t j = 0; j < stride; j += kLanes<Vector>) {
     const Vector w = load_lanes<Vector>(x.w + j), b = load_lanes<Vector>(x.b + j),
                  k = load_lanes<Vector>(x.k + j);
@@ -296,8 +299,7 @@ RWKV_INLINE void go_back_by_keys(
     Vector dr = {}, dk = {}, db = {}, da = {}, dw = {};
     for (int64_t i = 0; i < size; ++i) {
       Scalar *const D_at = D + i * stride + j, *const S_at = S + i * stride + j;
-      const Vector d =
-          load_lanes<Vector>(D_at) * w_after + x.du_after[i] * a_after + x.dy[i] * r;
+      const Vector d = load_lanes<Vector>(D_at) * w_after + x.du_after[i] * a_after + x.dy[i] * r;
       store_lanes(D_at, d);
       const Vector s = load_lanes<Vector>(S_at);
       const Vector s_before = (s - x.v[i] * k - x.u[i] * b) * w_inverse;
@@ -325,10 +327,8 @@ class Marks {
       : size_(sizes.head_size * padded<Scalar>(sizes.head_size)), begin_(begin) {
     int64_t count = 0;
     for (int64_t t = begin; t < end; ++t) {
-      const bool is_before_start =
-          starts != nullptr && t + 1 < sizes.seq_len && starts[t + 1];
-      const bool is_mark =
-          (t + 1 - begin) % kStepsBack == 0 || t + 1 == end || is_before_start;
+      const bool is_before_start = starts != nullptr && t + 1 < sizes.seq_len && starts[t + 1];
+      const bool is_mark = (t + 1 - begin) % kStepsBack == 0 || t + 1 == end || is_before_start;
       number_[t - begin] = is_mark ? count++ : -1;
     }
     states_ = at::empty({count * size_}, c10::CppTypeToScalarType<Scalar>::value);
@@ -402,8 +402,24 @@ RWKV_INLINE void backward_head(const HeadBackward<Element, Scalar>& head,
   Scalar *const S_walk = scratch.rows(N), *const D_by_keys = scratch.rows(N),
                 *const D = scratch.rows(N);
   TokenRows<Scalar> x{};
-  for (Scalar** const row : {&x.r,  &x.k,  &x.v,  &x.b,  &x.w, &x.u,  &x.dy,      &x.dr,      &x.dk,
-                             &x.dv, &x.da, &x.db, &x.dw, &x.a, &x.du, &x.a_after, &x.w_after, &x.du_after}) {
+  for (Scalar** const row : {&x.r,
+                             &x.k,
+                             &x.v,
+                             &x.b,
+                             &x.w,
+                             &x.u,
+                             &x.dy,
+                             &x.dr,
+                             &x.dk,
+                             &x.dv,
+                             &x.da,
+                             &x.db,
+                             &x.dw,
+                             &x.a,
+                             &x.du,
+                             &x.a_after,
+                             &x.w_after,
+                             &x.du_after}) {
     *row = scratch.rows(1);
   }
   std::fill_n(x.w_after, N, Scalar{1});
@@ -547,23 +563,22 @@ void forward(const InputTensors& in,
   auto* saved = u == nullptr ? nullptr : mutable_data_of<Scalar>(states);
   for_each_head<Element>(
       in,
-      [&]<typename Vector>(As<Vector>,
-                           int64_t row,
-                           int64_t head,
-                           const Inputs<Element, Scalar>& inputs,
-                           int64_t at) RWKV_INLINE_LAMBDA {
-        const int64_t number = row * sizes.num_heads + head;
-        forward_head<Vector>(
-            HeadForward<Element, Scalar>{
-                .in = inputs,
-                .state_in = state_in + number * N * N,
-                .y = y + at,
-                .state_out = state_out + number * N * N,
-                .u = u == nullptr ? nullptr : u + at,
-                .states = saved == nullptr ? nullptr : saved + number * sizes.num_chunks() * N * N},
-            sizes,
-            Scratch<Scalar>(N + 9, padded<Scalar>(N)));
-      });
+      [&]<typename Vector>(
+          As<Vector>, int64_t row, int64_t head, const Inputs<Element, Scalar>& inputs, int64_t at)
+          RWKV_INLINE_LAMBDA {
+            const int64_t number = row * sizes.num_heads + head;
+            forward_head<Vector>(
+                HeadForward<Element, Scalar>{
+                    .in = inputs,
+                    .state_in = state_in + number * N * N,
+                    .y = y + at,
+                    .state_out = state_out + number * N * N,
+                    .u = u == nullptr ? nullptr : u + at,
+                    .states =
+                        saved == nullptr ? nullptr : saved + number * sizes.num_chunks() * N * N},
+                sizes,
+                Scratch<Scalar>(N + 9, padded<Scalar>(N)));
+          });
 }
 
 struct Gradients {
@@ -591,30 +606,28 @@ void backward(const InputTensors& in,
        *dstate_in = mutable_data_of<Scalar>(out.dstate_BHNN);
   for_each_head<Element>(
       in,
-      [&]<typename Vector>(As<Vector>,
-                           int64_t row,
-                           int64_t head,
-                           const Inputs<Element, Scalar>& inputs,
-                           int64_t at) RWKV_INLINE_LAMBDA {
-        const int64_t number = row * sizes.num_heads + head;
-        backward_head<Vector>(
-            HeadBackward<Element, Scalar>{
-                .in = inputs,
-                .u = u + at,
-                .states = saved + number * sizes.num_chunks() * N * N,
-                .dy = dy + at,
-                .dstate_out = dstate_out == nullptr ? nullptr : dstate_out + number * N * N,
-                .dr = dr + at,
-                .dw_raw = dw_raw + at,
-                .dk = dk + at,
-                .dv = dv + at,
-                .da = da + at,
-                .db = db + at,
-                .dw0 = dw0 + number * N,
-                .dstate_in = dstate_in + number * N * N},
-            sizes,
-            Scratch<Scalar>(3 * N + 18, padded<Scalar>(N)));
-      });
+      [&]<typename Vector>(
+          As<Vector>, int64_t row, int64_t head, const Inputs<Element, Scalar>& inputs, int64_t at)
+          RWKV_INLINE_LAMBDA {
+            const int64_t number = row * sizes.num_heads + head;
+            backward_head<Vector>(
+                HeadBackward<Element, Scalar>{
+                    .in = inputs,
+                    .u = u + at,
+                    .states = saved + number * sizes.num_chunks() * N * N,
+                    .dy = dy + at,
+                    .dstate_out = dstate_out == nullptr ? nullptr : dstate_out + number * N * N,
+                    .dr = dr + at,
+                    .dw_raw = dw_raw + at,
+                    .dk = dk + at,
+                    .dv = dv + at,
+                    .da = da + at,
+                    .db = db + at,
+                    .dw0 = dw0 + number * N,
+                    .dstate_in = dstate_in + number * N * N},
+                sizes,
+                Scratch<Scalar>(3 * N + 18, padded<Scalar>(N)));
+          });
 }
 
 Sizes sizes_of(const at::Tensor& r_BTC, int64_t num_heads) {
@@ -642,12 +655,9 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor> wkv7_cpu(
   const at::Tensor state_out_BHNN = at::empty(state_BHNN.sizes(), exact);
   if (for_backward) {
     u_BTC = at::empty(r_BTC.sizes(), exact);
-    states = at::empty({sizes.batch_size,
-                        sizes.num_heads,
-                        sizes.num_chunks(),
-                        sizes.head_size,
-                        sizes.head_size},
-                       exact);
+    states = at::empty(
+        {sizes.batch_size, sizes.num_heads, sizes.num_chunks(), sizes.head_size, sizes.head_size},
+        exact);
   }
   const auto kernel = r_BTC.scalar_type() == at::kBFloat16 ? &forward<Bf16>
                       : r_BTC.scalar_type() == at::kFloat  ? &forward<float>

@@ -6,6 +6,7 @@
 
 #include "model/formats/format_registry.h"
 #include "model/rwkv_model.h"
+#include "model/version_shapes.h"
 #include "model/weights.h"
 #include "tests/support/tensors.h"
 #include "tests/support/test_data.h"
@@ -363,7 +364,7 @@ TEST(Rwkv4Shapes, AreThoseOfTheModelsParameters) {
   for (const auto& item : RwkvModel(config)->named_parameters()) {
     expected[item.key()] = item.value().sizes().vec();
   }
-  EXPECT_EQ(rwkv4_shapes(config), expected);
+  EXPECT_EQ(rwkv4_shapes().parameters(config), expected);
 }
 
 TEST(OpenModel, NamesTheTensorThatDoesNotFit) {
@@ -394,8 +395,9 @@ TEST(OpenModel, AcceptsVectorsWithoutTheirAxesOfOne) {
 }
 
 TEST(FindVersion, ListsTheKnownOnes) {
-  EXPECT_THAT(THROWN_TEXT(std::invalid_argument, find_version("rwkv3")),
-              testing::HasSubstr("model.version = \"rwkv3\": no such version; known are rwkv4"));
+  EXPECT_THAT(
+      THROWN_TEXT(std::invalid_argument, find_version("rwkv3")),
+      testing::HasSubstr("model.version = \"rwkv3\": no such version; known are rwkv7, rwkv4"));
 }
 
 }  // namespace

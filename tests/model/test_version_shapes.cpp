@@ -56,8 +56,8 @@ TEST(VersionShapes, OfABrokenRwkv4NameTheTensor) {
     right[block + "att.key.weight"] = {16, 8};
     right[block + "ffn.key.weight"] = {32, 8};
   }
-  ASSERT_TRUE(is_rwkv4(right));
-  const ModelConfig config = rwkv4_config_of(right);
+  ASSERT_TRUE(rwkv4_shapes().recognises(right));
+  const ModelConfig config = rwkv4_shapes().config_of(right);
   EXPECT_EQ(config.n_layer, 2);
   EXPECT_EQ(config.dim_att, 16);
   EXPECT_EQ(config.dim_ffn, 32);
@@ -81,7 +81,8 @@ TEST(VersionShapes, OfABrokenRwkv4NameTheTensor) {
        }) {
     TensorShapes shapes = right;
     shapes[name] = shape;
-    EXPECT_THAT(THROWN_TEXT(std::runtime_error, rwkv4_config_of(shapes)), HasSubstr(text)) << name;
+    EXPECT_THAT(THROWN_TEXT(std::runtime_error, rwkv4_shapes().config_of(shapes)), HasSubstr(text))
+        << name;
   }
 }
 

@@ -23,7 +23,7 @@ using testing::ThrowsMessage;
 ModelConfig model_of(int64_t n_layer, int64_t n_embd, int64_t vocab_size, int64_t ctx_len) {
   ModelConfig model{
       .n_layer = n_layer, .n_embd = n_embd, .vocab_size = vocab_size, .ctx_len = ctx_len};
-  resolve_rwkv4(model);
+  find_version_shapes(model.version).resolve(model);
   return model;
 }
 

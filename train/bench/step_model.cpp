@@ -69,7 +69,7 @@ std::vector<StepOpCost> step_model(const StepShape& shape,
   const auto size = dtype == TrainDtype::kBf16 ? 2.0 : 4.0;
   const auto tokens = static_cast<double>(shape.batch_size * model.ctx_len);
   const double plane = size * tokens * C;  // an activation [B, T, C]
-  const TensorShapes shapes = rwkv4_shapes(model);
+  const TensorShapes shapes = find_version_shapes(model.version).parameters(model);
   double parameters = 0;
   for (const auto& [name, tensor] : shapes) {
     parameters += static_cast<double>(num_elements(tensor));

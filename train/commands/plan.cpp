@@ -81,10 +81,7 @@ void resolve_model(RunConfig& config) {
   if (config.init.from) {
     const std::string path = find_model(*config.init.from);
     const TensorShapes shapes = shapes_of(read_weights(path));
-    if (!is_rwkv4(shapes)) {
-      throw std::invalid_argument(path + ": not an rwkv4; nothing else can be planned");
-    }
-    confirm_sizes(config, rwkv4_config_of(shapes), path);
+    confirm_sizes(config, recognise_version(shapes).config_of(shapes), path);
   }
   const std::string& corpus = config.data.train;
   if (std::filesystem::exists(corpus + ".idx")) {
@@ -98,7 +95,7 @@ void resolve_model(RunConfig& config) {
     throw std::invalid_argument("model.version = \"" + model.version +
                                 "\": only \"rwkv4\" can be planned");
   }
-  resolve_rwkv4(model);
+  find_version_shapes(model.version).resolve(model);
   model.validate();
   require_some_size(model);
 }

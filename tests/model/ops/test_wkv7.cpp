@@ -103,9 +103,7 @@ Results run(const Case& given, const at::Tensor& starts_BT = {}) {
 }
 
 // Torch's autograd of the definition, document by document.
-Results run_reference(const Case& rounded,
-                      at::ScalarType dtype,
-                      const at::Tensor& starts_BT = {}) {
+Results run_reference(const Case& rounded, at::ScalarType dtype, const at::Tensor& starts_BT = {}) {
   const Case given = cast(rounded, dtype, dtype);
   const auto in = leaves(given);
   const int64_t B = given.dy_BTC.size(0), T = given.dy_BTC.size(1);
@@ -146,8 +144,7 @@ void expect_the_definition(const Case& given, const at::Tensor& starts_BT, doubl
   const auto expect_close = [&](const Case& rounded, double exact) {
     const Results actual = run(rounded, starts_BT);
     const Results expected = run_reference(rounded, at::kDouble, starts_BT);
-    const Results plain =
-        run_reference(rounded, exact > 0 ? at::kDouble : at::kFloat, starts_BT);
+    const Results plain = run_reference(rounded, exact > 0 ? at::kDouble : at::kFloat, starts_BT);
     for (size_t i = 0; i < actual.size(); ++i) {
       const double allowed =
           actual[i].scalar_type() == at::kBFloat16
@@ -210,10 +207,8 @@ TEST(Wkv7Gradient, IsThatOfFiniteDifferences) {
   const Results actual = run(given);
   const auto value_of = [&](const Case& at) {
     const auto& in = at.inputs;
-    const ops::Wkv7Output out =
-        ops::wkv7({in[0], in[1], in[2], in[3], in[4], in[5]}, in[6], in[7]);
-    return ((out.y_BTC * at.dy_BTC).sum() + (out.state_BHNN * at.dstate_BHNN).sum())
-        .item<double>();
+    const ops::Wkv7Output out = ops::wkv7({in[0], in[1], in[2], in[3], in[4], in[5]}, in[6], in[7]);
+    return ((out.y_BTC * at.dy_BTC).sum() + (out.state_BHNN * at.dstate_BHNN).sum()).item<double>();
   };
   constexpr double kStep = 1e-6;
   for (size_t i = 0; i < kNumInputs; ++i) {
