@@ -22,9 +22,9 @@ constexpr int64_t kLinkBytes = int64_t{16} << 20;
 // Enough for a median; of large ones fewer, for each takes a tenth of a second on a slow network.
 constexpr int64_t kRepeats = 20;
 constexpr int64_t kLargeRepeats = 5;
+constexpr int64_t kLargeBytes = int64_t{16} << 20;
 // At links that seem slow.
 constexpr int64_t kSecondLooks = 3;
-constexpr int64_t kLargeBytes = int64_t{16} << 20;
 constexpr int64_t kWarmUp = 2;
 // Numbers repeat with a period that no power of two divides, so that a piece in another's place
 // shows; and are small, so that their sums are exact in fp32 in any order.
@@ -120,7 +120,8 @@ class LinkTimer {
         data.copy_(pattern);
       }
       // The shortest: where cores are busy, processes wait for their turn, which is not the link's
-      // doing. What is wrong with a link slows every repeat.
+      // doing. A slow link is slow in every repeat; one that is so now and then cannot be told from
+      // busy cores.
       there_and_back_ns = std::llround(1e6 * times_of(kRepeats, ping).min);
       data_ns = std::llround(1e6 * times_of(repeats_of(link_bytes()), data).min);
       is_wrong = !data.equal(pattern);
