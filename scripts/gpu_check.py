@@ -2,12 +2,15 @@
 
 Checks come first: every kernel against float64 arithmetic, ten steps of training against the
 CPU's, CUDA graph against eager bit for bit, a run that is killed and goes on against one that is
-not, the timeline of warm steps, in which nothing may allocate or wait. What failed is not timed. Then times: each op and each step beside its floor, and decoding.
+not, the timeline of warm steps, in which nothing may allocate or wait. Where there are two GPUs,
+two processes against one, and what lies between them. What failed is not timed. Then times: each op
+and each step beside its floor, decoding, and a step of two GPUs beside that of one.
 
 FOLDER/gpu_check.json holds everything, FOLDER/gpu_check.md the same to read. The exit status is 0
 if all checks passed and all timings were taken, 1 if not, 2 for a wrong command line.
 
-With --device cpu all of it runs on the CPU, but for what only a GPU has.
+With --device cpu all of it runs on the CPU, but for what only a GPU has; a core is then to a process
+what a GPU is otherwise.
 """
 
 import argparse
@@ -35,6 +38,10 @@ import step_trace
 BUDGET_S = 460
 # Relative, of the worst of ten losses.
 LOSS_TOLERANCE = {"fp32": 1e-4, "bf16": 2e-2}
+# Between two processes and one, in fp32.
+PROCESSES_TOLERANCE = 1e-5
+# Of twice the tokens a second of one GPU, what two should reach at L24.
+TARGET_PERCENT = 97
 
 
 class Failure(Exception):
@@ -61,6 +68,8 @@ class Sizes:
     ops: list
     steps: list
     decode: list
+    links: list  # more arguments of rookery doctor --distributed
+    processes: list  # timed on two and on one, without their number of micro-batches
     threads: int | None = None  # of the CPU; none: one a core
 
 
@@ -77,7 +86,9 @@ def sizes_of(device, quick):
             ops=[("bf16", [*tiny, "--batch", "2", "--ctx-len", "16"])],
             steps=[(dtype, [*tiny, "--batch", batch, "--ctx-len", ctx_len])
                    for dtype in ("fp32", "bf16") for batch, ctx_len in (("4", "16"), ("1", "64"))],
-            decode=[("bf16", [*tiny, "--prompt-len", "8"])])
+            decode=[("bf16", [*tiny, "--prompt-len", "8"])],
+            links=["--max-megabytes", "1"],
+            processes=[("bf16", [*tiny, "--batch", "2", "--ctx-len", "16"])])
     # Enough channels that every kernel has more than one block of them.
     training = {"model": {"n_layer": 4, "n_embd": 256, "ctx_len": 128}, "batch_size": 8,
                 "warm_steps": 10, "resumed_steps": 200, "save_every_steps": 20}
@@ -86,7 +97,8 @@ def sizes_of(device, quick):
                      ops=[("bf16", ["--shape", "S"])],
                      steps=[(dtype, ["--shape", shape])
                             for shape in ("S", "M") for dtype in ("fp32", "bf16")],
-                     decode=[("bf16", ["--shape", "M"])])
+                     decode=[("bf16", ["--shape", "M"])],
+                     links=[], processes=[("fp32", ["--shape", "M"])])
     return Sizes(
         **training,
         # Each op is timed in the step, and the kernels of wkv4 beside each other.
@@ -100,7 +112,9 @@ def sizes_of(device, quick):
                *[("bf16", ["--shape", "L12", "--batch", batch, "--ctx-len", ctx_len,
                            "--recompute", "mixes"])
                  for batch, ctx_len in (("64", "1024"), ("16", "4096"), ("1", "65536"))]],
-        decode=[("bf16", ["--shape", "L12"]), ("bf16", ["--shape", "L24"])])
+        decode=[("bf16", ["--shape", "L12"]), ("bf16", ["--shape", "L24"])],
+        links=[],
+        processes=[("bf16", ["--shape", "L24", "--recompute", "mixes", "--repeats", "3"])])
 
 
 def environment(build):
@@ -148,11 +162,15 @@ class Runner:
                           + last_line(done.stderr))
         return done.stdout
 
-    def bench(self, *arguments):
+    def device_option(self):
         # The CPU is the default, also where the program knows no other device.
-        options = [] if self.device == "cpu" else ["--device", self.device]
-        options += ["--threads", self.threads] if self.threads else []
-        return json.loads(self.rookery("bench", *arguments, *options, "--json", "-"))
+        return [] if self.device == "cpu" else ["--device", self.device]
+
+    def bench(self, what, *arguments):
+        # Of several processes each has one.
+        threads = ["--threads", self.threads] if self.threads and what != "distributed" else []
+        return json.loads(self.rookery("bench", what, *arguments, *self.device_option(), *threads,
+                                       "--json", "-"))
 
 
 def last_line(text):
@@ -193,7 +211,8 @@ def facts_of(runner):
              "processor": f"{processor()}, {len(os.sched_getaffinity(0))} cores"}
     if runner.device != "cpu":
         query = "name,driver_version,memory.total,clocks.max.sm,power.limit"
-        facts["gpu"] = output_of("nvidia-smi", f"--query-gpu={query}", "--format=csv,noheader")
+        gpus = output_of("nvidia-smi", f"--query-gpu={query}", "--format=csv,noheader")
+        facts["gpu"] = "; ".join(gpus.splitlines())
     return facts
 
 
@@ -241,10 +260,11 @@ class Training:
         options = [f"--set={key}={value}" for key, value in settings.items()]
         return ["train", "--config", str(config), *options]
 
-    def run(self, name, device, dtype, steps, **settings):
+    def run(self, name, device, dtype, steps, processes=1, **settings):
         """Trains; the losses of all steps."""
         settings = {key.replace("__", "."): value for key, value in settings.items()}
-        self.runner.rookery(*self.command(name, device, dtype, steps, settings))
+        launcher = ["--nproc", processes, "--max-restarts", 0] if processes > 1 else []
+        self.runner.rookery(*self.command(name, device, dtype, steps, settings), *launcher)
         lines = (self.runner.folder / name / "metrics.jsonl").read_text(encoding="utf-8")
         return [json.loads(line)["loss"] for line in lines.splitlines()]
 
@@ -287,7 +307,13 @@ def require_same_bits(training, names):
     if checkpoints[0].name != checkpoints[1].name:
         raise Failure(f"{names[0]} ended at {checkpoints[0].name}, "
                       f"{names[1]} at {checkpoints[1].name}")
-    for file in ("model.safetensors", "optimizer.safetensors"):
+    # Of several processes each writes its share.
+    files, other_files = [sorted(path.name for path in folder.glob("*.safetensors"))
+                          for folder in checkpoints]
+    if not files or files != other_files:
+        raise Failure(f"{names[0]} saved {', '.join(files) or 'nothing'}, "
+                      f"{names[1]} {', '.join(other_files) or 'nothing'}")
+    for file in files:
         (header, first), (other_header, second) = [tensors_of(folder / file)
                                                    for folder in checkpoints]
         if header != other_header:
@@ -330,31 +356,41 @@ def check_kernels(runner):
     return f"{len(ran)} tests passed, {len(tests) - len(ran)} skipped"
 
 
-def check_steps(runner, training, dtype):
-    steps = 10
-    ours = training.run(f"steps_{dtype}", runner.device, dtype, steps)
-    expected = training.run(f"steps_{dtype}_cpu", "cpu", dtype, steps)
-    if not len(ours) == len(expected) == steps:
-        raise Failure(f"{len(ours)} and {len(expected)} losses, expected {steps} of each")
+# Of the runs that are compared.
+STEPS = 10
+
+
+def require_same_losses(ours, expected, where, tolerance):
+    """`where` says where the expected ones are from."""
+    if not len(ours) == len(expected) == STEPS:
+        raise Failure(f"{len(ours)} and {len(expected)} losses, expected {STEPS} of each")
     errors = [abs(x - y) / abs(y) for x, y in zip(ours, expected, strict=True)]
-    worst = max(range(steps), key=lambda i: errors[i])
-    found = (f"worst of {steps} losses is off by {errors[worst]:.1e} relative, at step {worst + 1} "
-             f"({ours[worst]:.6f}, on the CPU {expected[worst]:.6f}); "
-             f"{LOSS_TOLERANCE[dtype]:.0e} is allowed")
+    worst = max(range(STEPS), key=lambda i: errors[i])
+    found = (f"worst of {STEPS} losses is off by {errors[worst]:.1e} relative, at step {worst + 1} "
+             f"({ours[worst]:.6f}, {where} {expected[worst]:.6f}); {tolerance:.0e} is allowed")
     # Not finite is not within the tolerance either.
-    if not errors[worst] <= LOSS_TOLERANCE[dtype]:
+    if not errors[worst] <= tolerance:
         raise Failure(found)
     return found
 
 
+def check_steps(runner, training, dtype):
+    ours = training.run(f"steps_{dtype}", runner.device, dtype, STEPS)
+    expected = training.run(f"steps_{dtype}_cpu", "cpu", dtype, STEPS)
+    return require_same_losses(ours, expected, "on the CPU", LOSS_TOLERANCE[dtype])
+
+
+def graph_and_eager(runner):
+    """Settings of a run with CUDA graphs and of one without. The CPU has none: there, two runs."""
+    if runner.device == "cpu":
+        return {}, {}
+    return {"train__cuda_graph": "true"}, {"train__cuda_graph": "false"}
+
+
 def check_graph(runner, training, dtype):
-    steps = 10
-    # The CPU has no graph: there, two runs.
-    with_graph = {} if runner.device == "cpu" else {"train__cuda_graph": "true"}
-    eager = {} if runner.device == "cpu" else {"train__cuda_graph": "false"}
     names = [f"graph_{dtype}", f"eager_{dtype}"]
-    for name, settings in zip(names, (with_graph, eager), strict=True):
-        training.run(name, runner.device, dtype, steps, **settings)
+    for name, settings in zip(names, graph_and_eager(runner), strict=True):
+        training.run(name, runner.device, dtype, STEPS, **settings)
     return require_same_bits(training, names)
 
 
@@ -387,6 +423,47 @@ def check_trace(runner, dtype, arguments):
     return step_trace.sentence_of(found)
 
 
+def check_two_places(runner):
+    """Whether two processes can have a GPU each, or on the CPU a core."""
+    if runner.device == "cpu":
+        count, kind = len(os.sched_getaffinity(0)), "core"
+    else:
+        count, kind = len(json.loads(runner.rookery("doctor", "--json"))["gpus"]), "GPU"
+    if count < 2:
+        raise Skipped(f"{count} {kind} is visible, and two processes need one each")
+    return f"{count} {kind}s are visible"
+
+
+def check_links(runner, arguments):
+    result = json.loads(runner.rookery("doctor", "--distributed", "--nproc", 2, "--json",
+                                       *runner.device_option(), *arguments))
+    # A few bytes have no bandwidth.
+    operations = [one for one in result["operations"] if one["operation"] != "agreement"]
+    most = max(one["bytes"] for one in operations)
+    return (f"{result['backend']}; bus GB/s at {most / 2**20:.0f} MiB: "
+            + ", ".join(f"{one['operation']} {format_number(one['bus_gb_per_s'])}"
+                        for one in operations if one["bytes"] == most)
+            + "; links: " + ", ".join(
+                f"{one['from']} to {one['to']} {format_number(one['gb_per_s'])} GB/s, "
+                f"{format_number(one['latency_us'])} us" for one in result["links"]))
+
+
+def check_zero(runner, training, stage):
+    """Two processes against one, against themselves, and graph against eager."""
+    graph, eager = graph_and_eager(runner)
+    settings = {"distributed__zero": stage}
+    if stage == 2:
+        # Gradients are scattered after each micro-batch.
+        settings["train__micro_batch_size"] = 1
+    alone = training.run(f"alone_zero{stage}", runner.device, "fp32", STEPS)
+    names = [f"zero{stage}", f"again_zero{stage}", f"eager_zero{stage}"]
+    losses = [training.run(name, runner.device, "fp32", STEPS, processes=2, **settings, **more)
+              for name, more in zip(names, (graph, graph, eager), strict=True)]
+    found = require_same_losses(losses[0], alone, "of one process", PROCESSES_TOLERANCE)
+    require_same_bits(training, names[:2])
+    return f"{found}; again, and eager: {require_same_bits(training, [names[0], names[2]])}"
+
+
 class Report:
     """Checks and timings as they come."""
 
@@ -407,6 +484,9 @@ class Report:
         self.checks.append({"name": name, "result": result, "detail": detail,
                             "seconds": round(time.monotonic() - begin, 1)})
         print(f"{name}: {result}: {detail}", flush=True)
+
+    def passed(self, name):
+        return any(check["name"] == name and check["result"] == "passed" for check in self.checks)
 
     def failed(self, names):
         return [check["name"] for check in self.checks
@@ -430,6 +510,14 @@ class Report:
         timing["seconds"] = round(time.monotonic() - begin, 1)
         self.timings.append(timing)
         print(f"{command}: {timing.get('left_out', 'timed')}", flush=True)
+
+    def time_processes(self, runner, arguments, needs):
+        """A step of two processes and of one, beside the part of twice the speed to be reached."""
+        self.time(runner, ["distributed", "--nproc", "2", *arguments], needs)
+        for together in self.timings[-1]["rows"][:1]:
+            together["target_percent"] = TARGET_PERCENT
+            print(f"  {together['percent_of_linear']:.1f} % of linear, target {TARGET_PERCENT} %",
+                  flush=True)
 
     def time_kernels(self, runner):
         """The kernels of wkv4 beside their bytes, which no benchmark of rookery tells apart."""
@@ -474,7 +562,7 @@ def table(rows):
                      + "".join(f" {cell} |" for cell in cells))
     for row in rows:
         if row["parts"]:
-            lines += ["", f"{row['what']}, op by op:", "", *table(row["parts"])]
+            lines += ["", f"{row['what']}, part by part:", "", *table(row["parts"])]
     return lines
 
 
@@ -527,12 +615,26 @@ def make_report(runner, sizes):
             found.check(f"graph {dtype}", check_graph, runner, training[0], dtype)
         found.check("resume bf16", check_resume, runner, training[0], "bf16")
     found.check("trace", check_trace, runner, *sizes.steps[0])
+    found.check("two processes", check_two_places, runner)
+    has_two = found.passed("two processes")
+    if has_two:
+        found.check("links", check_links, runner, sizes.links)
+    stages = (0, 1, 2) if has_two and training else ()
+    for stage in stages:
+        found.check(f"zero {stage}", check_zero, runner, training[0], stage)
     needed = ("kernels", "training starts")
     for dtype, arguments in sizes.steps:
         found.time(runner, ["step", "--explain", "--dtype", dtype, *arguments],
                    (*needed, f"steps {dtype}", f"graph {dtype}"))
     for dtype, arguments in sizes.decode:
         found.time(runner, ["decode", "--dtype", dtype, *arguments], (*needed, f"steps {dtype}"))
+    for dtype, arguments in sizes.processes if has_two else ():
+        # With two, gradients are reduced once for twice the work.
+        for micro_batches in ("1", "2"):
+            found.time_processes(
+                runner, ["--zero", "1", "--micro-batches", micro_batches, "--dtype", dtype,
+                         *arguments],
+                (*needed, f"steps {dtype}", f"graph {dtype}", "links", "zero 1"))
     if runner.device != "cpu":
         found.time_kernels(runner)
     for dtype, arguments in sizes.ops:

@@ -3,6 +3,8 @@
 Run by ctest as: test_gpu_check.py PATH_OF_ROOKERY.
 """
 
+import contextlib
+import io
 import json
 import os
 import pathlib
@@ -14,9 +16,10 @@ import support
 
 SCRIPTS = pathlib.Path(__file__).resolve().parents[2] / "scripts"
 sys.path.append(str(SCRIPTS))
+import gpu_check  # noqa: E402
 import step_trace  # noqa: E402
 CHECKS = ["kernels", "training starts", "steps fp32", "steps bf16", "graph fp32", "graph bf16",
-          "resume bf16", "trace"]
+          "resume bf16", "trace", "two processes", "links", "zero 0", "zero 1", "zero 2"]
 
 
 class GpuCheck(support.Folder):
@@ -59,12 +62,19 @@ class GpuCheck(support.Folder):
         # No kernels of a device on the CPU.
         self.assertEqual([check["result"] for check in report["checks"]],
                          ["skipped", *["passed"] * (len(CHECKS) - 1)])
-        self.assertRegex(report["checks"][-2]["detail"], "^killed after step_0+[1-9].* equal bit")
-        self.assertRegex(report["checks"][-1]["detail"], "^[0-9]+ events; only a GPU has calls")
+        details = {check["name"]: check["detail"] for check in report["checks"]}
+        self.assertRegex(details["resume bf16"], "^killed after step_0+[1-9].* equal bit")
+        self.assertRegex(details["trace"], "^[0-9]+ events; only a GPU has calls")
+        self.assertRegex(details["links"], r"^Gloo, between CPUs; bus GB/s at 1 MiB: sum \d.*"
+                         r"broadcast \d.*links: 0 to 1 \S+ GB/s, \S+ us, 1 to 0 ")
+        for stage in range(3):
+            self.assertRegex(details[f"zero {stage}"],
+                             r"^worst of 10 losses .* of one process .* 1e-05 is allowed; again, "
+                             r"and eager: weights and optimizer equal bit for bit at step_0+10$")
         for name in ("device", "rookery", "torch", "system", "processor"):
             self.assertTrue(report["facts"][name], name)
         benchmarks = [timing["command"].split()[2] for timing in report["timings"]]
-        self.assertEqual(benchmarks, ["step"] * 4 + ["decode", "ops"])
+        self.assertEqual(benchmarks, ["step"] * 4 + ["decode"] + ["distributed"] * 2 + ["ops"])
         for timing in report["timings"]:
             with self.subTest(timing["command"]):
                 self.assertNotIn("left_out", timing)
@@ -76,24 +86,65 @@ class GpuCheck(support.Folder):
         for timing in report["timings"][:4]:
             self.assertEqual(timing["rows"][0]["parts"][-1]["what"], "explained")
         self.assertIn("| wkv4 with gate | ", text)
+        # Two processes stand beside one and the target, for one micro-batch and for two.
+        for micro_batches, timing in zip(("", " x 2"), report["timings"][5:7], strict=True):
+            together, alone = timing["rows"]
+            self.assertEqual(together["conditions"]["zero"], 1)
+            self.assertEqual(together["target_percent"], 97)
+            self.assertNotIn("target_percent", alone)
+            self.assertIn(f"B2 T16{micro_batches} |", text)
+            self.assertTrue(alone["what"].endswith("B2 T16" + micro_batches), alone["what"])
+        self.assertIn(" percent_of_linear |", text)
+        self.assertIn(" target_percent |", text)
 
     def test_what_failed_is_named_and_not_timed(self):
         report, text = self.run_check(self.broken_build({
             "steps_bf16": "schedule.lr_init=0.3", "graph_fp32": "schedule.lr_init=1.001e-3",
-            "killed_bf16": "schedule.lr_init=1.001e-3"}), 1)
+            "killed_bf16": "schedule.lr_init=1.001e-3", "zero0": "schedule.lr_init=1.01e-3",
+            "again_zero1": "schedule.lr_init=1.001e-3",
+            "eager_zero2": "schedule.lr_init=1.001e-3"}), 1)
         results = {check["name"]: check for check in report["checks"]}
         failed = [name for name in CHECKS if results[name]["result"] == "failed"]
-        self.assertEqual(failed, ["steps bf16", "graph fp32", "resume bf16"])
+        self.assertEqual(failed, ["steps bf16", "graph fp32", "resume bf16",
+                                  "zero 0", "zero 1", "zero 2"])
         self.assertRegex(results["steps bf16"]["detail"], r"off by .* 2e-02 is allowed")
         self.assertRegex(results["graph fp32"]["detail"],
                          r"tensors differ between graph_fp32 and eager_fp32, first \w")
+        self.assertRegex(results["zero 0"]["detail"], r"off by .* of one process .* 1e-05 is allowed$")
+        # A file of one of the two.
+        self.assertRegex(results["zero 1"]["detail"],
+                         r"^model\.00000-of-00002\.safetensors: .* between zero1 and again_zero1, ")
+        self.assertRegex(results["zero 2"]["detail"], " between zero2 and eager_zero2, first ")
         left_out = {(timing["command"].split()[2], timing["left_out"])
                     for timing in report["timings"] if "left_out" in timing}
         self.assertEqual(left_out, {("step", "graph fp32 failed"), ("step", "steps bf16 failed"),
-                                    ("decode", "steps bf16 failed")})
+                                    ("decode", "steps bf16 failed"),
+                                    ("distributed", "steps bf16, zero 1 failed")})
         self.assertIn("Left out: graph fp32 failed", text)
         self.assertEqual([bool(timing["rows"]) for timing in report["timings"]],
-                         [False] * 5 + [True])
+                         [False] * 7 + [True])
+
+    def test_two_processes_are_left_out_where_one_gpu_is_visible(self):
+        class Machine:
+            device = "cuda"
+
+            def __init__(self, gpus):
+                self.gpus = gpus
+
+            def rookery(self, *_):
+                return json.dumps({"gpus": ["a GPU"] * self.gpus})
+
+        for gpus, result, detail in (
+                (1, "skipped", "1 GPU is visible, and two processes need one each"),
+                (2, "passed", "2 GPUs are visible")):
+            report = gpu_check.Report()
+            with contextlib.redirect_stdout(io.StringIO()):
+                report.check("two processes", gpu_check.check_two_places, Machine(gpus))
+            self.assertEqual((report.checks[0]["result"], report.checks[0]["detail"]),
+                             (result, detail))
+            self.assertEqual(report.passed("two processes"), result == "passed")
+            # Nothing is wrong without them.
+            self.assertTrue(report.all_well())
 
     def test_the_package_holds_what_the_program_needs_beside_torch(self):
         package = self.package()

@@ -414,13 +414,17 @@ class Bench(support.Folder):
     def test_of_processes_gives_one_alone_and_all_together(self):
         shape = ("--shape", "S", "--n-layer", 2, "--n-embd", 128, "--batch", 3, "--ctx-len", 16,
                  "--repeats", 2)
-        for dtype, zero in (("fp32", 0), ("fp32", 1), ("bf16", 1), ("bf16", 2)):
-            together, alone = self.rows("distributed", *shape, "--dtype", dtype, "--zero", zero)
+        for dtype, zero, micro_batches in (("fp32", 0, 1), ("fp32", 1, 2), ("bf16", 1, 1),
+                                           ("bf16", 2, 2)):
+            together, alone = self.rows("distributed", *shape, "--dtype", dtype, "--zero", zero,
+                                        "--micro-batches", micro_batches)
             self.assertEqual(together["conditions"], {"processes": 2, "zero": zero, "threads": 1})
             self.assertEqual(alone["conditions"], {"processes": 1, "zero": 0, "threads": 1})
             for row in (together, alone):
-                self.assertIn(f"step L2 D128 V256 {dtype} B3 T16", row["what"])
-                self.assertAlmostEqual(row["tokens_per_s"], 48 / row["median_ms"] * 1000, delta=1e-3)
+                self.assertTrue(row["what"].endswith(f"step L2 D128 V256 {dtype} B3 T16"
+                                                     + (" x 2" if micro_batches == 2 else "")))
+                self.assertAlmostEqual(row["tokens_per_s"],
+                                       48 * micro_batches / row["median_ms"] * 1000, delta=1e-3)
             self.assertAlmostEqual(together["times_as_fast"],
                                    alone["median_ms"] / together["median_ms"], delta=1e-6)
             self.assertGreater(together["waiting_ms"], 0)
@@ -443,6 +447,7 @@ class Bench(support.Folder):
             (("--nproc", 1000), "1000 processes here need a core each, but may run on"),
             (("--batch", 1), "--batch 1: fewer sequences than the 2 processes"),
             (("--zero", 3), "--zero 3: expected"),
+            (("--micro-batches", 0), "--micro-batches 0: must be 1 or more"),
             (("--shape", "both"), "--shape both"),
         ):
             with self.subTest(arguments):

@@ -49,7 +49,8 @@ class Trainee {
           int64_t rows,
           int64_t step_rows,
           Communicator* communicator)
-      : model_(random_model(shape.model)),
+      : micro_batches_(settings.micro_batches),
+        model_(random_model(shape.model)),
         tokens_BT_(at::randint(shape.model.vocab_size, {rows, shape.model.ctx_len}, at::kLong)) {
     const bool on_gpu = settings.runtime != nullptr;
     if (on_gpu) {
@@ -60,21 +61,26 @@ class Trainee {
         model_,
         OptimizerConfig{},
         dtype,
-        OptimizerMemory{.split_masters = on_gpu, .bf16_gradient = on_gpu},
+        OptimizerMemory{.split_masters = on_gpu,
+                        .bf16_gradient = on_gpu && settings.micro_batches == 1},
         sharding);
-    runner_ = std::make_unique<StepRunner>(
-        model_,
-        *optimizer_,
-        settings.runtime,
-        StepSettings{.most_micro_batches = 1, .step_rows = step_rows, .l2wrap = kBenchL2Wrap},
-        communicator);
+    runner_ = std::make_unique<StepRunner>(model_,
+                                           *optimizer_,
+                                           settings.runtime,
+                                           StepSettings{.micro_batches = micro_batches_,
+                                                        .most_micro_batches = micro_batches_,
+                                                        .step_rows = step_rows,
+                                                        .l2wrap = kBenchL2Wrap},
+                                           communicator);
   }
 
   void make_steps(int64_t count) {
     PendingNumbers before;
     for (int64_t i = 0; i < count; ++i) {
       runner_->begin_step();
-      runner_->add_micro_batch(tokens_BT_, tokens_BT_);
+      for (int64_t micro_batch = 0; micro_batch < micro_batches_; ++micro_batch) {
+        runner_->add_micro_batch(tokens_BT_, tokens_BT_);
+      }
       PendingNumbers numbers = runner_->finish_step(kBenchLr);
       before.wait();
       before = std::move(numbers);
@@ -86,6 +92,7 @@ class Trainee {
   const ModelConfig& config() const { return model_->config(); }
 
  private:
+  int64_t micro_batches_;
   RwkvModel model_;
   at::Tensor tokens_BT_;
   std::unique_ptr<Optimizer> optimizer_;
@@ -110,21 +117,21 @@ class Contest {
       : all_(communicator),
         settings_(settings),
         steps_(on_gpu() ? kGpuSteps : 1),
-        step_rows_(on_gpu() ? shape.batch_size * all_.world_size() : shape.batch_size) {
+        rows_(on_gpu() ? shape.batch_size * all_.world_size() : shape.batch_size) {
     const int64_t n = all_.world_size();
-    if (step_rows_ < n) {
-      throw std::invalid_argument("--batch " + std::to_string(step_rows_) +
+    if (rows_ < n) {
+      throw std::invalid_argument("--batch " + std::to_string(rows_) +
                                   ": fewer sequences than the " + std::to_string(n) +
                                   " processes; give each at least one");
     }
-    const int64_t rows = step_rows_ / n + (all_.rank() < step_rows_ % n ? 1 : 0);
+    const int64_t rows = rows_ / n + (all_.rank() < rows_ % n ? 1 : 0);
     const Sharding sharding{.rank = all_.rank(), .num_processes = n, .zero_stage = zero_stage};
     if (all_.rank() == 0) {
       alone_ = std::make_unique<Trainee>(
           shape, dtype, settings, Sharding{}, shape.batch_size, 0, nullptr);
     }
-    together_ =
-        std::make_unique<Trainee>(shape, dtype, settings, sharding, rows, step_rows_, &all_);
+    together_ = std::make_unique<Trainee>(
+        shape, dtype, settings, sharding, rows, rows_ * settings.micro_batches, &all_);
   }
 
   Timings run() {
@@ -160,7 +167,8 @@ class Contest {
   }
 
   bool on_gpu() const { return settings_.runtime != nullptr; }
-  int64_t step_rows() const { return step_rows_; }
+  // Of a micro-batch, of all processes.
+  int64_t rows() const { return rows_; }
   const Trainee& own() const { return *together_; }
 
  private:
@@ -178,7 +186,7 @@ class Contest {
   Communicator& all_;
   BenchSettings settings_;
   int64_t steps_;
-  int64_t step_rows_;
+  int64_t rows_;
   std::unique_ptr<Trainee> alone_;  // of process 0
   std::unique_ptr<Trainee> together_;
 };
@@ -222,13 +230,14 @@ std::vector<BenchRow> bench_distributed(Communicator& communicator,
   Contest contest(communicator, shape, dtype, settings, zero_stage);
   const Timings timings = contest.run();
 
-  const double alone_tokens = static_cast<double>(shape.batch_size * shape.model.ctx_len);
-  const double tokens = static_cast<double>(contest.step_rows() * shape.model.ctx_len);
+  const int64_t row_tokens = shape.model.ctx_len * settings.micro_batches;
+  const auto alone_tokens = static_cast<double>(shape.batch_size * row_tokens);
+  const auto tokens = static_cast<double>(contest.rows() * row_tokens);
   const Spread alone = spread_of(timings.alone_ms);
   const Spread together = spread_of(timings.together_ms);
   const double gain = (tokens / together.median) / (alone_tokens / alone.median);
   StepShape step = shape;
-  step.batch_size = contest.step_rows();
+  step.batch_size = contest.rows();
   const auto row = [&](int64_t processes, const StepShape& of, const Spread& ms, double count) {
     return BenchRow{.what = std::to_string(processes) + " x 1: " + step_name(of, dtype, settings),
                     .ms = ms,
@@ -251,6 +260,7 @@ std::vector<BenchRow> bench_distributed(Communicator& communicator,
   const double planned =
       states_of(plan_memory({.model = contest.own().config(),
                              .micro_batch_size = shape.batch_size,
+                             .micro_batches = settings.micro_batches,
                              .dtype = train_dtype(dtype),
                              .recompute = settings.recompute,
                              .device = contest.on_gpu() ? PlanDevice::kCuda : PlanDevice::kCpu,

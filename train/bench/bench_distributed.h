@@ -19,11 +19,12 @@ void require_core_each(int64_t local_size);
 // Binds this process to its core, with all threads that it starts from now on.
 void bind_to_own_core(const Placement& placement);
 
-// All processes call it; what it returns on process 0 counts. On the CPU the shape's batch is that
-// of a step, shared out among the processes; on GPUs each has as many sequences, so that one's work
-// stays the same. A timing is of one step, of ten on GPUs, which run on without waiting for the
-// host; `settings.repeats` timings of either kind, by turns: for the first, process 0 computes
-// alone and the others sleep. Two rows, together and alone. Figures:
+// All processes call it; what it returns on process 0 counts. A step has `settings.micro_batches`.
+// On the CPU the shape's batch is that of each, shared out among the processes; on GPUs each
+// process has as many sequences, so that one's work stays the same. A timing is of one step, of ten
+// on GPUs, which run on without waiting for the host; `settings.repeats` timings of either kind, by
+// turns: for the first, process 0 computes alone and the others sleep. Two rows, together and
+// alone. Figures:
 //   tokens_per_s
 //   times_as_fast, percent_of_linear  over alone; as many processes would be as many times as fast
 //   waiting_ms, waiting_percent       of a step, the mean over processes: how long operations with

@@ -55,6 +55,12 @@ void add_batch_options(cxxopts::OptionAdder& add) {
   add("ctx-len", "tokens a sequence, instead of the shape's", value<int64_t>());
 }
 
+void add_micro_batches_option(cxxopts::OptionAdder& add) {
+  add("micro-batches",
+      "of that many sequences each in a step",
+      value<int64_t>()->default_value("1"));
+}
+
 void add_repeat_options(cxxopts::OptionAdder& add, const std::string& repeats) {
   add("repeats", "timings after the warm-up", value<int64_t>()->default_value(repeats));
   add("json",
@@ -171,9 +177,7 @@ int bench_step_command(int argc, char** argv) {
   cxxopts::OptionAdder add = options.add_options();
   add_shape_options(add);
   add_batch_options(add);
-  add("micro-batches",
-      "of that many sequences each in a step",
-      value<int64_t>()->default_value("1"));
+  add_micro_batches_option(add);
   add("explain", "also the time of each kind of op, beside its floor");
   add_recompute_option(add);
   add("trace",
@@ -361,7 +365,8 @@ std::vector<BenchRow> rows_of_rank(const Placement& placement,
                            dtype,
                            {.repeats = positive(parsed, "repeats"),
                             .runtime = device.runtime,
-                            .recompute = recompute_of(parsed)},
+                            .recompute = recompute_of(parsed),
+                            .micro_batches = positive(parsed, "micro-batches")},
                            zero_stage);
 }
 
@@ -375,6 +380,7 @@ int bench_distributed_command(int argc, char** argv, bool verbose) {
   cxxopts::OptionAdder add = options.add_options();
   add_shape_options(add, "M");
   add_batch_options(add);
+  add_micro_batches_option(add);
   add_recompute_option(add);
   add("dtype", "fp32 or bf16", value<std::string>()->default_value("fp32"));
   add("device", "cpu, or cuda: a GPU for each", value<std::string>()->default_value("cpu"));
@@ -394,6 +400,7 @@ int bench_distributed_command(int argc, char** argv, bool verbose) {
       parse_dtype((*parsed)["dtype"].as<std::string>()) == ComputeDtype::kBf16 ? at::kBFloat16
                                                                                : at::kFloat;
   const auto zero_stage = (*parsed)["zero"].as<int64_t>();
+  positive(*parsed, "micro-batches");
   if (zero_stage < 0 || zero_stage > 2) {
     throw std::invalid_argument("--zero " + std::to_string(zero_stage) + ": expected 0, 1 or 2");
   }

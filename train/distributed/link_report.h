@@ -26,7 +26,7 @@ struct OperationTime {
 struct LinkTime {
   int64_t from = 0;
   int64_t to = 0;
-  double gb_per_s = 0;    // 10^9 bytes, of LinkReport::link_bytes; median
+  double gb_per_s = 0;    // 10^9 bytes, of LinkReport::link_bytes; the best repeat
   double latency_us = 0;  // there, of a few bytes; the shortest
   bool is_wrong = false;  // other bytes arrived than were sent
   bool operator==(const LinkTime&) const = default;

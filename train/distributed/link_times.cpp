@@ -23,6 +23,8 @@ constexpr int64_t kLinkBytes = int64_t{16} << 20;
 constexpr int64_t kRepeats = 20;
 constexpr int64_t kLargeRepeats = 5;
 constexpr int64_t kLargeBytes = int64_t{16} << 20;
+// At links that seem slow.
+constexpr int64_t kSecondLooks = 3;
 constexpr int64_t kWarmUp = 2;
 // Numbers repeat with a period that no power of two divides, so that a piece in another's place
 // shows; and are small, so that their sums are exact in fp32 in any order.
@@ -117,10 +119,11 @@ class LinkTimer {
       if (is_sender) {
         data.copy_(pattern);
       }
-      // The shortest: where cores are busy, others wait for their turn, which is not the link's
-      // doing.
+      // The shortest: where cores are busy, processes wait for their turn, which is not the link's
+      // doing. A slow link is slow in every repeat; one that is so now and then cannot be told from
+      // busy cores.
       there_and_back_ns = std::llround(1e6 * times_of(kRepeats, ping).min);
-      data_ns = std::llround(1e6 * times_of(repeats_of(link_bytes()), data).median);
+      data_ns = std::llround(1e6 * times_of(repeats_of(link_bytes()), data).min);
       is_wrong = !data.equal(pattern);
     }
     const auto at_sender = [&](int64_t value) {
@@ -252,6 +255,18 @@ LinkReport time_links(Communicator& communicator, const LinkSettings& settings) 
         report.links.push_back(timer.time_link(from, to));
       }
     }
+  }
+  // What one waited for may be over by now.
+  for (int64_t i = 0; i < kSecondLooks; ++i) {
+    const auto slow = slow_link(report.links);
+    if (!slow) {
+      break;
+    }
+    const LinkTime again = timer.time_link(slow->from, slow->to);
+    LinkTime& link = *std::ranges::find(report.links, *slow);
+    link.gb_per_s = std::max(link.gb_per_s, again.gb_per_s);
+    link.latency_us = std::min(link.latency_us, again.latency_us);
+    link.is_wrong |= again.is_wrong;
   }
   return report;
 }

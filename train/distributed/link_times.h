@@ -17,7 +17,8 @@ struct LinkSettings {
 };
 
 // All processes call it; each gets the report. Operations are timed at 64 KiB, 1 MiB, 16 MiB and
-// 100 MiB (a bucket of gradients), as far as max_bytes allows, links at 16 MiB or max_bytes.
+// 100 MiB (a bucket of gradients), as far as max_bytes allows, links at 16 MiB or max_bytes, a slow
+// one (slow_link) again.
 // A pair of processes at a time, so the time goes with the square of their number: 64 on a network
 // of 1 GB/s take 5 minutes.
 LinkReport time_links(Communicator& communicator, const LinkSettings& settings);
