@@ -18,6 +18,12 @@ constexpr int kArchitecture = __CUDA_ARCH__;
 constexpr int kArchitecture = 0;
 #endif
 
+// The compiler moves no memory access over this place: reads that it would hoist from unrolled code
+// cost registers.
+__device__ __forceinline__ void keep_reads_behind() {
+  asm volatile("" ::: "memory");
+}
+
 #ifdef RWKV_HOST_DEVICE
 
 __device__ __forceinline__ void* shared_memory() {

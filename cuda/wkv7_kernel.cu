@@ -23,6 +23,10 @@ constexpr int kLines = 32;    // of a block
 constexpr int kPerLane = 32;  // numbers of a line that a thread has
 constexpr int kRowTokens = 16;
 constexpr int kColumnTokens = 8;
+// Of a multiprocessor, at least: 168 and 255 registers each. With more nvcc reads so far ahead that
+// it spills.
+constexpr int kThreadsAtOnce = 384;
+constexpr int kColumnThreadsAtOnce = 256;
 
 // log(w) = -e^{-1/2} gate; and the same for powers of two.
 constexpr float kMostDecay = 0.60653066f;
@@ -148,7 +152,7 @@ template <int kSize>
 constexpr int kForwardFloats = (5 * kRowTokens + 1) * kSize + kRowTokens* kLines;
 
 template <typename Element, int kSize>
-__global__ void __launch_bounds__(Place<kSize>::kThreads)
+__global__ void __launch_bounds__(Place<kSize>::kThreads, kThreadsAtOnce / Place<kSize>::kThreads)
     wkv7_forward_kernel(const Wkv7Forward<Element> x) {
   using P = Place<kSize>;
   const Wkv7Sizes& sizes = x.in.sizes;
@@ -264,7 +268,7 @@ template <int kSize>
 constexpr int kRowsFloats = (5 * kRowTokens + 2 + 2) * kSize + kRowTokens* kLines;
 
 template <typename Element, int kSize>
-__global__ void __launch_bounds__(Place<kSize>::kThreads)
+__global__ void __launch_bounds__(Place<kSize>::kThreads, kThreadsAtOnce / Place<kSize>::kThreads)
     wkv7_backward_rows_kernel(const Wkv7Backward<Element> x) {
   using P = Place<kSize>;
   const Wkv7Sizes& sizes = x.in.sizes;
@@ -479,7 +483,8 @@ __device__ __forceinline__ void load_column_tokens(const Wkv7Backward<Element>& 
 }
 
 template <typename Element, int kSize>
-__global__ void __launch_bounds__(Place<kSize>::kThreads)
+__global__ void __launch_bounds__(Place<kSize>::kThreads,
+                                  kColumnThreadsAtOnce / Place<kSize>::kThreads)
     wkv7_backward_columns_kernel(const Wkv7Backward<Element> x) {
   using P = Place<kSize>;
   const Wkv7Sizes& sizes = x.in.sizes;
@@ -525,6 +530,7 @@ __global__ void __launch_bounds__(Place<kSize>::kThreads)
       float dr = 0.0f, dk = 0.0f, db = 0.0f, da = 0.0f, dw = 0.0f;
       for_own_fours<kSize>(at.part, [&](int e, int four) {
         float v[4], u[4], dy[4], du[4], du_after[4];
+        keep_reads_behind();
         load4(shared.v + token * kSize + four, v);
         load4(shared.u + token * kSize + four, u);
         load4(shared.dy + token * kSize + four, dy);
