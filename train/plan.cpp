@@ -1,6 +1,7 @@
 #include "train/plan.h"
 
 #include <algorithm>
+#include <array>
 #include <cmath>
 #include <numeric>
 #include <stdexcept>
@@ -60,40 +61,106 @@ void add_states(const StepPlan& plan, MemoryPlan& memory) {
 
 // Sizes that the activations of one micro-batch are made of, in bytes.
 struct Activations {
-  explicit Activations(const StepPlan& plan) {
-    const ModelConfig& model = plan.model;
-    const auto C = static_cast<double>(model.n_embd);
-    const auto A = static_cast<double>(model.dim_att);
-    const auto F = static_cast<double>(model.dim_ffn);
-    const auto B = static_cast<double>(plan.micro_batch_size);
-    const double tokens = B * static_cast<double>(model.ctx_len);
-    const double size = element_size(plan);
-    plane = tokens * C * size;
-    hidden = tokens * F * size;
-    // x; the mixed inputs of r, k and v; r, k and v and the gated wkv; the sum with attention; the
-    // mixed inputs of r and k; the hidden row; r and its partner.
-    block = 9 * plane + 4 * tokens * A * size + hidden;
-    // Mean and rstd of both norms.
-    const double statistics = 2 * 2 * tokens * kFloat;
-    // States that backward of wkv4 starts from: on the CPU one for every 16 tokens
-    // (model/ops/wkv4_cpu.cpp), on a GPU for every 128 (kWkv4CarryLen in cuda/wkv4_kernel.h).
-    const int64_t carry_len = on_gpu(plan) ? 128 : 16;
-    const double carries =
-        B * static_cast<double>(ceil_div(model.ctx_len, carry_len) + 1) * 3 * A * kFloat;
-    kept_by_ops = statistics + carries;
-    largest_matrix = C * std::max(F, A) * size;
-    states = static_cast<double>(model.n_layer) * 2 * B * (2 * C * size + 3 * A * kFloat);
-  }
-
-  double plane;           // [B, T, C]
-  double hidden;          // [B, T, F]
-  double block;           // what a block keeps
-  double kept_by_ops;     // the same, beside its tensors of B and T
-  double largest_matrix;  // the gradient of a block's
-  double states;          // before and after the batch, of all layers
+  double plane = 0;   // [B, T, C]
+  double hidden = 0;  // [B, T, F]
+  double block = 0;   // what a block keeps
+  double mixes = 0;   // of it, mixed inputs, and of these ChannelMix's
+  double channel_mixes = 0;
+  // What a block's ops keep beside its tensors of B and T.
+  double kept_by_ops = 0;
+  double states = 0;          // before and after the batch, of all layers
+  double largest_matrix = 0;  // the gradient of a block's
+  // What backward holds in a block's ChannelMix beside the hidden row's gradient and a matrix's,
+  // and what it has let go of by then.
+  double in_channel_mix = 0;
 };
 
-constexpr double kMixes = 5;  // planes of a block that are mixed inputs
+Activations common_activations(const StepPlan& plan) {
+  const ModelConfig& model = plan.model;
+  const double tokens =
+      static_cast<double>(plan.micro_batch_size) * static_cast<double>(model.ctx_len);
+  const double size = element_size(plan);
+  const auto widest = static_cast<double>(std::max(model.dim_ffn, model.dim_att));
+  Activations a;
+  a.plane = tokens * static_cast<double>(model.n_embd) * size;
+  a.hidden = tokens * static_cast<double>(model.dim_ffn) * size;
+  // Mean and rstd of both norms.
+  a.kept_by_ops = 2 * 2 * tokens * kFloat;
+  a.largest_matrix = static_cast<double>(model.n_embd) * widest * size;
+  return a;
+}
+
+Activations rwkv4_activations(const StepPlan& plan) {
+  const ModelConfig& model = plan.model;
+  const auto A = static_cast<double>(model.dim_att);
+  const auto B = static_cast<double>(plan.micro_batch_size);
+  Activations a = common_activations(plan);
+  const double wide_plane = a.plane / static_cast<double>(model.n_embd) * A;
+  // x; the mixed inputs of r, k and v; r, k and v and the gated wkv; the sum with attention; the
+  // mixed inputs of r and k; the hidden row; r and its partner.
+  a.block = 9 * a.plane + 4 * wide_plane + a.hidden;
+  a.mixes = 5 * a.plane;
+  a.channel_mixes = 2 * a.plane;
+  // States that backward of wkv4 starts from: on the CPU one for every 16 tokens
+  // (model/ops/wkv4_cpu.cpp), on a GPU for every 128 (kWkv4CarryLen in cuda/wkv4_kernel.h).
+  const int64_t carry_len = on_gpu(plan) ? 128 : 16;
+  a.kept_by_ops += B * static_cast<double>(ceil_div(model.ctx_len, carry_len) + 1) * 3 * A * kFloat;
+  a.states = static_cast<double>(model.n_layer) * 2 * B *
+             (2 * static_cast<double>(model.n_embd) * element_size(plan) + 3 * A * kFloat);
+  // The gradients of the block's output, of r and of its partner, less r and its partner.
+  a.in_channel_mix = a.plane;
+  return a;
+}
+
+Activations rwkv7_activations(const StepPlan& plan) {
+  const ModelConfig& model = plan.model;
+  const auto C = static_cast<double>(model.n_embd);
+  const auto N = static_cast<double>(model.head_size);
+  const auto B = static_cast<double>(plan.micro_batch_size);
+  Activations a = common_activations(plan);
+  const double column = a.plane / C;
+  const auto ranks =
+      static_cast<double>(model.rank_decay + model.rank_iclr + model.rank_value + model.rank_gate);
+  // x; six mixed inputs; r, k and v; what the low ranks come to: w, a, v and g; what the recurrence
+  // reads: k, v, a and b; y; what the output matrix reads; the sum with attention; the mixed input
+  // of k. Then what is between the low ranks, and the hidden row.
+  a.block = 22 * a.plane + ranks * column + a.hidden;
+  a.mixes = 7 * a.plane;
+  a.channel_mixes = a.plane;
+  // u of wkv7, and the states that its backward starts from: on the CPU one for every 64 tokens
+  // (model/ops/wkv7_cpu.cpp), on a GPU for every 32 and the last (kWkv7CarryLen in
+  // cuda/wkv7_kernel.h).
+  const int64_t carries = on_gpu(plan) ? ceil_div(model.ctx_len, int64_t{32}) + 1
+                                       : ceil_div(model.ctx_len, int64_t{64});
+  a.kept_by_ops +=
+      B * C * kFloat * (static_cast<double>(model.ctx_len) + static_cast<double>(carries) * N);
+  a.states =
+      static_cast<double>(model.n_layer) * 2 * B * (2 * C * element_size(plan) + C * N * kFloat);
+  // The gradient of the block's output.
+  a.in_channel_mix = a.plane;
+  return a;
+}
+
+struct VersionActivations {
+  std::string_view version;
+  Activations (*of)(const StepPlan& plan);
+};
+constexpr std::array<VersionActivations, 2> kVersions{
+    {{"rwkv4", &rwkv4_activations}, {"rwkv7", &rwkv7_activations}}};
+
+const VersionActivations* find_activations(std::string_view version) {
+  const auto found = std::ranges::find(kVersions, version, &VersionActivations::version);
+  return found == kVersions.end() ? nullptr : &*found;
+}
+
+Activations activations_of(const StepPlan& plan) {
+  const VersionActivations* const version = find_activations(plan.model.version);
+  if (version == nullptr) {
+    throw std::invalid_argument("model.version = \"" + plan.model.version +
+                                "\": its memory cannot be planned");
+  }
+  return version->of(plan);
+}
 
 // What all layers, embedding and last norm leave for backward.
 void add_kept(const StepPlan& plan, const Activations& a, MemoryPlan& memory) {
@@ -105,7 +172,7 @@ void add_kept(const StepPlan& plan, const Activations& a, MemoryPlan& memory) {
     memory[MemoryKind::kActivations] += L * a.plane;
     return;
   }
-  const double dropped = plan.recompute == Recompute::kMixes ? kMixes * a.plane : 0;
+  const double dropped = plan.recompute == Recompute::kMixes ? a.mixes : 0;
   memory[MemoryKind::kActivations] += L * (a.block - dropped) + a.plane;
   memory[MemoryKind::kBuffers] += L * a.kept_by_ops;
 }
@@ -152,19 +219,19 @@ MemoryPlan in_the_loss(const StepPlan& plan, const Activations& a, MemoryPlan me
   return memory;
 }
 
-// In the last block's ChannelMix, before a hidden row's gradient becomes that of its input: the
-// gradients of the block's output, of r, of its partner and of the hidden row, and one matrix's.
+// In the last block's ChannelMix, before a hidden row's gradient becomes that of its input.
 MemoryPlan in_backward(const StepPlan& plan, const Activations& a, MemoryPlan memory) {
-  double buffers = 3 * a.plane + a.hidden + a.largest_matrix;
+  double buffers = a.in_channel_mix + a.hidden + a.largest_matrix;
   if (plan.recompute == Recompute::kMixes) {
-    buffers += 2 * a.plane;  // made again
+    // ChannelMix's, made again.
+    buffers += a.channel_mixes;
   } else if (plan.recompute == Recompute::kBlocks) {
     // The block's tensors but its input, and its output once more.
     buffers += a.block + a.kept_by_ops;
   }
-  // What ln_out read is gone, and so are r and its partner, which are kept or made again above.
+  // What ln_out read is gone.
   memory[MemoryKind::kActivations] -= a.plane;
-  memory[MemoryKind::kBuffers] += buffers - 2 * a.plane;
+  memory[MemoryKind::kBuffers] += buffers;
   memory.peak = MemoryPeak::kBackward;
   return memory;
 }
@@ -181,6 +248,10 @@ std::string_view name_of(MemoryKind kind) {
                                                                  "buffers",
                                                                  "framework"};
   return kNames[static_cast<size_t>(kind)];
+}
+
+bool can_plan_memory(const ModelConfig& model) {
+  return find_activations(model.version) != nullptr;
 }
 
 double MemoryPlan::total() const {
@@ -224,7 +295,7 @@ double gradient_bytes(const StepPlan& plan) {
 MemoryPlan plan_memory(const StepPlan& plan) {
   MemoryPlan memory;
   add_states(plan, memory);
-  const Activations activations(plan);
+  const Activations activations = activations_of(plan);
   add_kept(plan, activations, memory);
   memory[MemoryKind::kFramework] = framework_bytes(plan);
   const MemoryPlan loss = in_the_loss(plan, activations, memory);

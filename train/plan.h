@@ -43,7 +43,7 @@ enum class MemoryKind {
   kMoments,      // two, fp32
   kActivations,  // what backward reads again, of the layers
   kLogits,       // a chunk of them
-  kBuffers,      // what wkv4 and layer norms keep, the head's gradients, those of a block
+  kBuffers,      // what the recurrence and layer norms keep, the head's gradients, those of a block
   kFramework,    // what no tensor holds: the context, workspaces, holes
 };
 constexpr size_t kNumMemoryKinds = static_cast<size_t>(MemoryKind::kFramework) + 1;
@@ -63,9 +63,12 @@ struct MemoryPlan {
   double tensor_bytes() const;
 };
 
+// Whether it is known what a model of this version keeps for backward.
+bool can_plan_memory(const ModelConfig& model);
+
 // Activations are those of a model without frozen layers, which may keep fewer. Throws
-// std::invalid_argument for another version than rwkv4 and for a pattern of `freeze` that matches
-// no tensor, or with the others all of them.
+// std::invalid_argument for a version that cannot be planned and for a pattern of `freeze` that
+// matches no tensor, or with the others all of them.
 MemoryPlan plan_memory(const StepPlan& plan);
 
 // Of all parameters; of those that are trained.

@@ -625,8 +625,8 @@ void Trainer::write_start(RunLog& log) const {
                   at::get_num_threads(),
                   matrix_flops_per_s_ / 1e9,
                   matrix_flops_per_s_ / flops_per_token_));
-  if (model.version == "rwkv4") {
-    // Nothing else can be planned. The last process has one of the largest shares.
+  if (can_plan_memory(model)) {
+    // The last process has one of the largest shares.
     const int64_t rank = placement_.world_size - 1;
     log.say(
         memory_as_line({.model = model,

@@ -421,7 +421,7 @@ class Bench(support.Folder):
             self.assertEqual(together["conditions"], {"processes": 2, "zero": zero, "threads": 1})
             self.assertEqual(alone["conditions"], {"processes": 1, "zero": 0, "threads": 1})
             for row in (together, alone):
-                self.assertTrue(row["what"].endswith(f"step L2 D128 V256 {dtype} B3 T16"
+                self.assertTrue(row["what"].endswith(f"step rwkv4 L2 D128 V256 {dtype} B3 T16"
                                                      + (" x 2" if micro_batches == 2 else "")))
                 self.assertAlmostEqual(row["tokens_per_s"],
                                        48 * micro_batches / row["median_ms"] * 1000, delta=1e-3)
@@ -458,7 +458,7 @@ class Bench(support.Folder):
     def test_of_a_step_and_of_decoding_give_times_beside_floors(self):
         rows = self.rows("step", *self.TINY, "--batch", 2, "--ctx-len", 5)
         self.assertEqual([row["what"] for row in rows],
-                         [f"step L1 D24 V50 {dtype} B2 T5" for dtype in ("fp32", "bf16")])
+                         [f"step rwkv4 L1 D24 V50 {dtype} B2 T5" for dtype in ("fp32", "bf16")])
         for row in rows:
             self.assertAlmostEqual(row["tokens_per_s"], 10 / row["median_ms"] * 1000, delta=1e-3)
             self.assertGreater(row["floor_ms"], 0)

@@ -243,8 +243,9 @@ std::string step_name(const StepShape& shape, at::ScalarType dtype, const BenchS
 }
 
 std::string describe(const ModelConfig& config, at::ScalarType dtype) {
-  return "L" + std::to_string(config.n_layer) + " D" + std::to_string(config.n_embd) + " V" +
-         std::to_string(config.vocab_size) + (dtype == at::kBFloat16 ? " bf16" : " fp32");
+  return config.version + " L" + std::to_string(config.n_layer) + " D" +
+         std::to_string(config.n_embd) + " V" + std::to_string(config.vocab_size) +
+         (dtype == at::kBFloat16 ? " bf16" : " fp32");
 }
 
 BenchRow bench_step(const StepShape& shape,

@@ -63,9 +63,9 @@ inline constexpr double kBenchL2Wrap = 1e-4;
 inline constexpr double kBenchLr = 1e-5;
 RwkvModel random_model(const ModelConfig& config);
 TrainDtype train_dtype(at::ScalarType dtype);
-// "L6 D384 V256 fp32".
+// "rwkv4 L6 D384 V256 fp32".
 std::string describe(const ModelConfig& config, at::ScalarType dtype);
-// "step L6 D384 V256 fp32 B8 T256 x 4, mixes recomputed".
+// "step rwkv4 L6 D384 V256 fp32 B8 T256 x 4, mixes recomputed".
 std::string step_name(const StepShape& shape, at::ScalarType dtype, const BenchSettings& settings);
 
 }  // namespace rwkv

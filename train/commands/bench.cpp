@@ -45,6 +45,7 @@ void add_shape_options(cxxopts::OptionAdder& add, const std::string& shape = "bo
       "S (L6 D384 V256 B8 T256), M (L12 D768 V50277 B4 T128) or both; L12 (M's model, B16 T1024) "
       "or L24 (D2048 V50277 B8 T1024), which ask for a GPU",
       value<std::string>()->default_value(shape));
+  add("version", "of the model", value<std::string>()->default_value("rwkv4"));
   add("n-layer", "instead of the shape's", value<int64_t>());
   add("n-embd", "instead of the shape's", value<int64_t>());
   add("vocab", "vocabulary size, instead of the shape's", value<int64_t>());
@@ -99,6 +100,7 @@ std::vector<StepShape> shapes_of(const ParseResult& parsed) {
     throw std::invalid_argument("--shape " + name + ": expected S, M, both, L12 or L24");
   }
   for (StepShape& shape : shapes) {
+    shape.model.version = parsed["version"].as<std::string>();
     override_if_given(parsed, "n-layer", shape.model.n_layer);
     override_if_given(parsed, "n-embd", shape.model.n_embd);
     override_if_given(parsed, "vocab", shape.model.vocab_size);
