@@ -35,6 +35,9 @@ constexpr milliseconds kBeat{500};
 constexpr milliseconds kSilence = 5 * kBeat;
 constexpr int kOperationTimeouts = 10;
 constexpr milliseconds kNoteInterval{20};
+// Messages of c10d with one tag arrive in the order in which they are sent; those of operations
+// that may overlap have tags of their own, beside the 0 of send().
+constexpr int kMostTag = 1 << 20;
 
 std::vector<uint8_t> bytes_of(const std::string& text) {
   return {text.begin(), text.end()};
@@ -344,6 +347,16 @@ class Presence {
 
 // ---- Operations ---------------------------------------------------------------------------------
 
+namespace {
+
+// Parts on their way between this process and all others.
+struct Exchange {
+  std::vector<c10::intrusive_ptr<c10d::Work>> receiving;
+  std::vector<c10::intrusive_ptr<c10d::Work>> sending;
+};
+
+}  // namespace
+
 class Communicator::Impl {
  public:
   Impl(const Placement& placement, const OpenDevice& device, milliseconds timeout)
@@ -410,9 +423,11 @@ class Communicator::Impl {
   Impl& operator=(const Impl&) = delete;
 
   const Placement& placement() const { return placement_; }
-  void wait_for(c10d::Work& work) {
+  void wait_for(const std::vector<c10::intrusive_ptr<c10d::Work>>& works) {
     const Clock::time_point begin = Clock::now();
-    work.wait();
+    for (const auto& work : works) {
+      work->wait();
+    }
     waited_ += Clock::now() - begin;
   }
   Clock::duration waited() const { return waited_; }
@@ -446,10 +461,30 @@ class Communicator::Impl {
     return group_of(tensors.front()).allreduce(tensors, options);
   }
   c10::intrusive_ptr<c10d::Work> reduce_scatter(at::Tensor whole, at::Tensor part) {
-    return group_of(whole)._reduce_scatter_base(part, whole);
+    return data_->_reduce_scatter_base(part, whole);
   }
   c10::intrusive_ptr<c10d::Work> all_gather(at::Tensor part, at::Tensor whole) {
-    return group_of(whole)._allgather_base(whole, part);
+    return data_->_allgather_base(whole, part);
+  }
+  // Gloo's own reduce-scatter sums the whole on every process, and its all-gather copies: here each
+  // process exchanges a part with each other one. `sent` and `received` are by rank; this process's
+  // own are left alone.
+  Exchange exchange(const std::vector<at::Tensor>& sent, const std::vector<at::Tensor>& received) {
+    const int64_t n = placement_.world_size;
+    const int tag = 1 + tag_;
+    tag_ = tag % kMostTag;
+    Exchange under_way;
+    for (int64_t step = 1; step < n; ++step) {
+      const int64_t from = (placement_.rank + n - step) % n;
+      std::vector<at::Tensor> place{received[static_cast<size_t>(from)]};
+      under_way.receiving.push_back(gloo_->recv(place, static_cast<int>(from), tag));
+    }
+    for (int64_t step = 1; step < n; ++step) {
+      const int64_t to = (placement_.rank + step) % n;
+      std::vector<at::Tensor> part{sent[static_cast<size_t>(to)]};
+      under_way.sending.push_back(gloo_->send(part, static_cast<int>(to), tag));
+    }
+    return under_way;
   }
   c10::intrusive_ptr<c10d::Work> broadcast(std::vector<at::Tensor>& tensors, int64_t from) {
     c10d::BroadcastOptions options;
@@ -515,6 +550,7 @@ class Communicator::Impl {
   std::unique_ptr<Presence> presence_;
   c10::intrusive_ptr<c10d::Backend> gloo_;
   c10::intrusive_ptr<c10d::Backend> data_;
+  int tag_ = 0;  // of the last exchange
 };
 
 namespace {
@@ -557,7 +593,7 @@ std::unique_ptr<PendingCollective> Communicator::begin(std::vector<at::Tensor> t
                                                        const Begin& begin) {
   const auto work = impl_->guarded(what, [&] { return begin(tensors); });
   return std::make_unique<PendingWork>(std::move(tensors), [this, work, what] {
-    impl_->guarded(what, [&] { impl_->wait_for(*work); });
+    impl_->guarded(what, [&] { impl_->wait_for({work}); });
   });
 }
 
@@ -569,16 +605,52 @@ std::unique_ptr<PendingCollective> Communicator::begin_sum(const at::Tensor& ten
 std::unique_ptr<PendingCollective> Communicator::begin_reduce_scatter(const at::Tensor& whole,
                                                                       const at::Tensor& part,
                                                                       const char* what) {
-  return begin({whole, part}, what, [this](auto& tensors) {
-    return impl_->reduce_scatter(tensors[0], tensors[1]);
-  });
+  if (!whole.is_cpu()) {
+    return begin({whole, part}, what, [this](auto& tensors) {
+      return impl_->reduce_scatter(tensors[0], tensors[1]);
+    });
+  }
+  const auto own = static_cast<size_t>(rank());
+  const at::Tensor scratch = at::empty({world_size() - 1, part.numel()}, part.options());
+  std::vector<at::Tensor> terms = scratch.unbind();
+  const std::vector<at::Tensor> parts = whole.view({world_size(), -1}).unbind();
+  terms.insert(terms.begin() + rank(), parts[own]);
+  const Exchange under_way = impl_->guarded(what, [&] { return impl_->exchange(parts, terms); });
+  return std::make_unique<PendingWork>(
+      std::vector{whole, part}, [this, what, under_way, terms, scratch, part] {
+        impl_->guarded(what, [&] { impl_->wait_for(under_way.receiving); });
+        // In the order of the ranks. What is not the last sum takes the place of a term that is in
+        // it.
+        at::Tensor sum = terms[0];
+        for (size_t i = 1; i < terms.size(); ++i) {
+          at::Tensor place = i + 1 == terms.size() ? part.view({-1}) : scratch[0];
+          at::add_out(place, sum, terms[i]);
+          sum = place;
+        }
+        impl_->guarded(what, [&] { impl_->wait_for(under_way.sending); });
+      });
 }
 
 std::unique_ptr<PendingCollective> Communicator::begin_all_gather(const at::Tensor& part,
                                                                   const at::Tensor& whole,
                                                                   const char* what) {
-  return begin({part, whole}, what, [this](auto& tensors) {
-    return impl_->all_gather(tensors[0], tensors[1]);
+  if (!whole.is_cpu()) {
+    return begin({part, whole}, what, [this](auto& tensors) {
+      return impl_->all_gather(tensors[0], tensors[1]);
+    });
+  }
+  const std::vector<at::Tensor> parts = whole.view({world_size(), -1}).unbind();
+  const at::Tensor own = parts[static_cast<size_t>(rank())];
+  if (own.const_data_ptr() != part.const_data_ptr()) {
+    own.copy_(part.view({-1}));
+  }
+  const std::vector<at::Tensor> sent(parts.size(), own);
+  const Exchange under_way = impl_->guarded(what, [&] { return impl_->exchange(sent, parts); });
+  return std::make_unique<PendingWork>(std::vector{whole}, [this, what, under_way] {
+    impl_->guarded(what, [&] {
+      impl_->wait_for(under_way.receiving);
+      impl_->wait_for(under_way.sending);
+    });
   });
 }
 

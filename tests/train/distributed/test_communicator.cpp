@@ -1,4 +1,5 @@
 #include <thread>
+#include <vector>
 
 #include <ATen/ATen.h>
 
@@ -42,6 +43,40 @@ TEST(Communicator, PutsThePartsOfAllTogether) {
     own.copy_(counted_from(4 * rank, 4));
     all.begin_all_gather(own, whole, "a test")->wait();
     EXPECT_TRUE(whole.equal(counted_from(0, 12).to(at::kBFloat16))) << rank << ": " << whole;
+  });
+}
+
+TEST(Communicator, AddsInTheOrderOfRanks) {
+  test::on_ranks(4, [](Communicator& all) {
+    std::vector<at::Tensor> wholes;
+    for (int64_t rank = 0; rank < all.world_size(); ++rank) {
+      at::manual_seed(static_cast<uint64_t>(rank));
+      wholes.push_back(at::randn({4, 50'000}));
+    }
+    const at::Tensor expected = ((wholes[0] + wholes[1]) + wholes[2]) + wholes[3];
+    const at::Tensor own = wholes[static_cast<size_t>(all.rank())][all.rank()];
+    all.begin_reduce_scatter(wholes[static_cast<size_t>(all.rank())], own, "a test")->wait();
+    EXPECT_TRUE(own.equal(expected[all.rank()])) << all.rank();
+  });
+}
+
+TEST(Communicator, KeepsOperationsUnderWayApart) {
+  test::on_ranks(3, [](Communicator& all) {
+    const int64_t rank = all.rank();
+    const at::Tensor first = counted_from(rank, 300'000);
+    const at::Tensor second = counted_from(rank, 30);
+    const at::Tensor first_part = at::empty({100'000});
+    const at::Tensor second_part = at::empty({10});
+    const at::Tensor gathered = at::empty({300});
+    const auto adding = all.begin_reduce_scatter(first, first_part, "a test");
+    const auto adding_too = all.begin_reduce_scatter(second, second_part, "a test");
+    const auto gathering = all.begin_all_gather(counted_from(100 * rank, 100), gathered, "a test");
+    gathering->wait();
+    adding_too->wait();
+    adding->wait();
+    EXPECT_TRUE(first_part.equal(3 * counted_from(100'000 * rank, 100'000) + 3)) << rank;
+    EXPECT_TRUE(second_part.equal(3 * counted_from(10 * rank, 10) + 3)) << rank;
+    EXPECT_TRUE(gathered.equal(counted_from(0, 300))) << rank;
   });
 }
 
