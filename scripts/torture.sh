@@ -1,9 +1,10 @@
 #!/usr/bin/env bash
 # Kills training runs with SIGKILL at random instants, also in the middle of saves and renames: a rank,
-# the launcher, or all, over 1, 2 and 4 processes with changes of number in between. After each kill:
-# no checkpoint that was saved is lost, no process lives on and no port stays open. Every run ends with
-# the losses of one that nobody disturbed: bit for bit, with the last checkpoint's files, if the number
-# of processes stayed the same, to 1e-5 if it changed. Then one launcher restarts its rank 100 times.
+# the launcher, or all, over 1, 2 and 4 processes and the stages of ZeRO, with changes of both in between.
+# After each kill: no checkpoint that was saved is lost, no process lives on and no port stays open.
+# Every run ends with the losses of one that nobody disturbed: bit for bit, with the last checkpoint's
+# files, if number and stage stayed the same, to 1e-5 if one changed. Then one launcher restarts its rank
+# 100 times.
 #
 #   scripts/torture.sh             200 kills and 100 restarts; prints a summary line
 #   scripts/torture.sh --short     9 kills and 3 restarts, under a minute: what CI runs

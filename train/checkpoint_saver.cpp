@@ -12,10 +12,16 @@
 #include <c10/util/ScopeExit.h>
 
 #include <nlohmann/json.hpp>
+#include <spdlog/fmt/fmt.h>
 #include <spdlog/spdlog.h>
 
 namespace rwkv {
 namespace {
+
+double now_seconds() {
+  const auto now = std::chrono::steady_clock::now().time_since_epoch();
+  return std::chrono::duration<double>(now).count();
+}
 
 // A note is what `work` returns, or what it throws.
 template <typename Work>
@@ -59,13 +65,18 @@ std::string written_by(const std::string& save, int64_t rank) {
 
 }  // namespace
 
+std::string describe(const SavedCheckpoint& saved) {
+  return fmt::format(
+      "saved {} in {:.2f} s (training waited {:.2f} s)", saved.path, saved.save_s, saved.wait_s);
+}
+
 CheckpointSaver::CheckpointSaver(CheckpointSettings settings, Communicator* communicator)
     : settings_(std::move(settings)), communicator_(communicator) {}
 
 CheckpointSaver::~CheckpointSaver() {
   try {
-    if (const auto path = wait()) {
-      spdlog::info("saved {}", *path);
+    if (const auto saved = wait()) {
+      spdlog::info("{}", describe(*saved));
     }
   } catch (const std::exception& error) {
     spdlog::error("{}", error.what());
@@ -74,6 +85,8 @@ CheckpointSaver::~CheckpointSaver() {
 
 void CheckpointSaver::start(const Optimizer& optimizer, const TrainerState& state) {
   TORCH_CHECK(!saving_.valid(), "step ", state.step, " is saved while another save is under way");
+  const double start_s = now_seconds();
+  wait_s_ = 0;
   auto copied = std::make_shared<std::promise<void>>();
   copied_ = copied->get_future().share();
   // A device's work is in queues that belong to this thread.
@@ -81,7 +94,7 @@ void CheckpointSaver::start(const Optimizer& optimizer, const TrainerState& stat
   if (is_device) {
     optimizer.copy_state(pieces_);
   }
-  saving_ = std::async(std::launch::async, [this, state, is_device, copied, from = &optimizer] {
+  saving_ = std::async(std::launch::async, [=, this, from = &optimizer] {
               // Whether or not the copy succeeds: nobody may wait for it for ever.
               const auto copy = [&] {
                 const auto done = c10::make_scope_exit([&] { copied->set_value(); });
@@ -90,9 +103,12 @@ void CheckpointSaver::start(const Optimizer& optimizer, const TrainerState& stat
                 }
               };
               copy();
-              return communicator_ == nullptr ? save_checkpoint(settings_, pieces_, state)
-                                              : save_together(state);
+              const std::string path = communicator_ == nullptr
+                                           ? save_checkpoint(settings_, pieces_, state)
+                                           : save_together(state);
+              return SavedCheckpoint{.path = path, .save_s = now_seconds() - start_s};
             }).share();
+  wait_s_ += now_seconds() - start_s;
 }
 
 std::string CheckpointSaver::save_together(const TrainerState& state) {
@@ -161,20 +177,24 @@ std::vector<ManifestFile> CheckpointSaver::write_own(int64_t step) {
   }
 }
 
-void CheckpointSaver::wait_for_copy() const {
+void CheckpointSaver::wait_for_copy() {
   if (copied_.valid()) {
+    const double start_s = now_seconds();
     copied_.wait();
+    wait_s_ += now_seconds() - start_s;
   }
 }
 
-std::optional<std::string> CheckpointSaver::take_saved() {
+std::optional<SavedCheckpoint> CheckpointSaver::take_saved() {
   if (!saving_.valid() || saving_.wait_for(std::chrono::seconds(0)) != std::future_status::ready) {
     return std::nullopt;
   }
-  return std::exchange(saving_, {}).get();
+  SavedCheckpoint saved = std::exchange(saving_, {}).get();
+  saved.wait_s = wait_s_;
+  return saved;
 }
 
-std::optional<std::string> CheckpointSaver::wait() {
+std::optional<SavedCheckpoint> CheckpointSaver::wait() {
   settle();
   return take_saved();
 }
@@ -182,7 +202,9 @@ std::optional<std::string> CheckpointSaver::wait() {
 void CheckpointSaver::settle() {
   try {
     if (saving_.valid()) {
+      const double start_s = now_seconds();
       saving_.get();
+      wait_s_ += now_seconds() - start_s;
     }
   } catch (...) {
     saving_ = {};

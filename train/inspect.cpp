@@ -24,6 +24,7 @@
 #include "model/version_shapes.h"
 #include "train/config_file.h"
 #include "train/event_file.h"
+#include "train/manifest.h"
 #include "train/report/run_record.h"
 #include "train/run_folder.h"
 
@@ -180,6 +181,8 @@ Json read_json(const std::string& path) {
 Json inspect_checkpoint(const std::string& path) {
   Json result = inspect_weights(path);
   result["kind"] = "checkpoint";
+  const std::string damage = find_damage_of_model(path);
+  result["damage"] = damage.empty() ? Json() : Json(damage);
   const std::string trainer = (fs::path(path) / "trainer.json").string();
   if (fs::exists(trainer)) {
     const Json tensors = std::move(result["tensors"]);

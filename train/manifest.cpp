@@ -59,7 +59,8 @@ std::string find_damage(const fs::path& checkpoint, const ManifestFile& file, Sc
     return path + ": " + grouped(bytes) + " bytes, but " + kManifestName + " lists " +
            grouped(file.bytes) + (bytes < file.bytes ? "; it looks cut short" : "");
   }
-  if (scrutiny == Scrutiny::kContents || bytes <= kSmallBytes) {
+  if (scrutiny == Scrutiny::kContents || bytes <= kSmallBytes ||
+      (scrutiny == Scrutiny::kWeights && file.name.starts_with("model."))) {
     const std::string checksum = content_hash(MappedFile(path).bytes());
     if (checksum != file.checksum) {
       return path + ": checksum " + checksum + ", but " + kManifestName + " lists " +
@@ -139,6 +140,11 @@ std::string find_damage(const std::string& checkpoint, Scrutiny scrutiny) {
     return error.what();
   }
   return "";
+}
+
+std::string find_damage_of_model(const std::string& path) {
+  const bool is_checkpoint = fs::exists(fs::path(path) / kManifestName) || had_manifest(path);
+  return is_checkpoint ? find_damage(path, Scrutiny::kWeights) : "";
 }
 
 }  // namespace rwkv

@@ -34,11 +34,14 @@ std::string to_json(const Manifest& manifest);
 // Throws std::runtime_error naming the file if it cannot be read or is not a manifest.
 Manifest read_manifest(const std::string& checkpoint);
 
-// How closely a checkpoint is looked at: sizes, and the contents of small files; or all contents,
-// which takes as long as reading it from the disk.
-enum class Scrutiny { kSizes, kContents };
+// How closely a checkpoint is looked at: sizes, and the contents of small files; those of the
+// weights, too; or all contents, which takes as long as reading it from the disk.
+enum class Scrutiny { kSizes, kWeights, kContents };
 // What keeps a checkpoint from being whole: the file, what was found, what was expected. Empty if
 // nothing does.
 std::string find_damage(const std::string& checkpoint, Scrutiny scrutiny);
+// The same of what is given as a model, for those who read all of its weights: a file, and a folder
+// with weights alone, are no checkpoints, and nothing is to be found.
+std::string find_damage_of_model(const std::string& path);
 
 }  // namespace rwkv

@@ -70,6 +70,24 @@ std::string holder_of(int file) {
   return size > 0 ? std::string(text.data(), static_cast<size_t>(size)) : "another program";
 }
 
+void require_space(const fs::path& folder, uint64_t free_bytes, uint64_t bytes) {
+  // Headers, records and what the file system needs for itself.
+  const uint64_t needed = bytes + bytes / 20;
+  if (free_bytes < needed) {
+    throw std::runtime_error(folder.string() + ": " + grouped(free_bytes) +
+                             " bytes free, a checkpoint takes " + grouped(needed) +
+                             " (the disk is full; free some, or lower train.keep_checkpoints)");
+  }
+}
+
+uint64_t bytes_in(const fs::path& folder) {
+  uint64_t bytes = 0;
+  for (const auto& entry : fs::recursive_directory_iterator(folder)) {
+    bytes += entry.is_regular_file() ? entry.file_size() : 0;
+  }
+  return bytes;
+}
+
 }  // namespace
 
 fs::path checkpoints_folder(const std::string& run_dir) {
@@ -159,14 +177,23 @@ void require_writable_checkpoints(const std::string& run_dir) {
 
 void require_space_for_checkpoint(const std::string& run_dir, uint64_t bytes) {
   const fs::path folder = checkpoints_folder(run_dir);
-  const uint64_t free_bytes = fs::space(folder).available;
-  // Headers, records and what the file system needs for itself.
-  const uint64_t needed = bytes + bytes / 20;
-  if (free_bytes < needed) {
-    throw std::runtime_error(folder.string() + ": " + grouped(free_bytes) +
-                             " bytes free, a checkpoint takes " + grouped(needed) +
-                             " (the disk is full; free some, or lower train.keep_checkpoints)");
+  require_space(folder, fs::space(folder).available, bytes);
+}
+
+void require_space_for_next_checkpoint(const std::string& run_dir) {
+  const auto newest = newest_checkpoint(run_dir);
+  if (!newest) {
+    return;
   }
+  require_writable_checkpoints(run_dir);
+  const fs::path folder = checkpoints_folder(run_dir);
+  uint64_t free_bytes = fs::space(folder).available;
+  for (const auto& entry : fs::directory_iterator(folder)) {
+    if (entry.path().filename().string().starts_with(kPartialPrefix)) {
+      free_bytes += bytes_in(entry.path());
+    }
+  }
+  require_space(folder, free_bytes, bytes_in(*newest));
 }
 
 std::string find_model(const std::string& path) {
@@ -177,6 +204,9 @@ std::string find_model(const std::string& path) {
   if (!newest) {
     throw std::runtime_error(checkpoints_folder(path).string() +
                              ": holds no checkpoint yet, expected folders step_...; train first");
+  }
+  if (const std::string damage = find_damage(*newest, Scrutiny::kSizes); !damage.empty()) {
+    throw std::runtime_error(damage + "; an older checkpoint is read if its folder is named");
   }
   return *newest;
 }

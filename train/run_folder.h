@@ -70,9 +70,14 @@ void delete_old_checkpoints(const std::string& run_dir,
 void require_writable_checkpoints(const std::string& run_dir);
 // Throws std::runtime_error if the disk has less than 1.05 times these bytes free.
 void require_space_for_checkpoint(const std::string& run_dir, uint64_t bytes);
+// Both, for a run that has failed: if its next save, as large as its newest checkpoint, could not
+// be made as things are, there is no sense in starting it again. What is left of a save that was
+// interrupted counts as free. Does nothing if there is no checkpoint.
+void require_space_for_next_checkpoint(const std::string& run_dir);
 
 // The weights that a path given by a user means: a run's newest checkpoint, or the path itself (a
-// checkpoint folder or a weight file). Throws std::runtime_error if a run holds no checkpoint.
+// checkpoint folder or a weight file). Throws std::runtime_error if a run holds no checkpoint, or
+// naming the file if the newest is not whole by its sizes (train/manifest.h).
 std::string find_model(const std::string& path);
 
 // The configuration kept in a model file's metadata, if it was made by us.

@@ -108,9 +108,9 @@ void check_same_corpus(const BinidxFile& corpus,
   require_tokenizer_of(read_weights(checkpoint), corpus);
 }
 
-void say_saved(const std::optional<std::string>& path, RunLog* log) {
-  if (path && log != nullptr) {
-    log->say("saved " + *path);
+void say_saved(const std::optional<SavedCheckpoint>& saved, RunLog* log) {
+  if (saved && log != nullptr) {
+    log->say(describe(*saved));
   }
 }
 

@@ -9,11 +9,20 @@ import os
 import pathlib
 import random
 import re
+import resource
+import socket
 import struct
 import subprocess
 import sys
 import tempfile
+import time
 import unittest
+
+# Beyond the time that any wait of a test takes, by far.
+DEADLINE_S = 120
+# The least that distributed.timeout_s may be.
+TIMEOUT_S = 5
+FAKE_TIME = pathlib.Path("/usr/lib/x86_64-linux-gnu/faketime/libfaketimeMT.so.1")
 
 _program = ""
 
@@ -163,6 +172,76 @@ def small_run(data, model=None, schedule=None, **train):
         "train": {"run_dir": "run", "batch_size": 8, "threads": 1, **train},
         "schedule": {**SMALL_SCHEDULE, **(schedule or {})},
     }
+
+
+def run_of_several(corpus, lr_init, **train):
+    """Sections of a run of any number of processes: few numbers divide its seven sequences a step, and
+    with a constant rate it may end sooner and go on."""
+    return {
+        "model": {**SMALL_MODEL, "ctx_len": 16},
+        "data": {"train": str(corpus)},
+        "train": {"run_dir": "run", "batch_size": 7, "threads": 1, "log_every_steps": 1, **train},
+        "optimizer": {"clip_norm": 0.5},
+        "schedule": {"kind": "constant", "lr_init": lr_init},
+        "distributed": {"timeout_s": TIMEOUT_S},
+    }
+
+
+def free_port():
+    with socket.socket() as listener:
+        listener.bind(("127.0.0.1", 0))
+        return listener.getsockname()[1]
+
+
+def set_limits(limits):
+    for which, bytes_ in limits:
+        resource.setrlimit(which, (bytes_, bytes_))
+
+
+def clock(offset):
+    """Variables of a process whose wall clock is off; durations stay what they are."""
+    if offset is None:
+        return {}
+    if not FAKE_TIME.exists():
+        missing(f"{FAKE_TIME}; install Debian's libfaketime")
+    return {"LD_PRELOAD": str(FAKE_TIME), "FAKETIME": offset, "FAKETIME_DONT_FAKE_MONOTONIC": "1"}
+
+
+class Ranks:
+    """`rookery train` in several processes, under way. By rank, `limits` are their resource limits, and
+    `clocks` how far their clocks are off, as "+1d"."""
+
+    def __init__(self, folder, count, *options, limits=None, clocks=None):
+        port = free_port()
+        self.logs = [folder / f"rank_{rank}.log" for rank in range(count)]
+        self.processes = []
+        for rank, path in enumerate(self.logs):
+            with open(path, "wb") as log:
+                self.processes.append(subprocess.Popen(
+                    command_line("train", "--config", "run.toml",
+                                 *(f"--set={option}" for option in options)),
+                    cwd=folder, stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL, stderr=log,
+                    preexec_fn=lambda rank=rank: set_limits((limits or {}).get(rank, ())),
+                    env={**environment(), "RANK": str(rank), "WORLD_SIZE": str(count),
+                         "LOCAL_RANK": str(rank), "LOCAL_WORLD_SIZE": str(count),
+                         "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port),
+                         **clock(clocks[rank] if clocks else None)}))
+
+    def wait(self):
+        """Their exit codes."""
+        end = time.monotonic() + DEADLINE_S
+        try:
+            return [process.wait(timeout=end - time.monotonic()) for process in self.processes]
+        finally:
+            self.kill()
+
+    def kill(self):
+        for process in self.processes:
+            process.kill()
+            process.wait()
+
+    def text(self, rank):
+        return self.logs[rank].read_text(encoding="utf-8")
 
 
 def read_safetensors(path):

@@ -489,6 +489,21 @@ class Checkpoints(BadInput):
         support.forget_manifest(self.path(self.CHECKPOINT))
         self.resume(FAILED, "optimizer.safetensors: v.emb.weight is missing", "not of this model")
 
+    def test_that_are_damaged_are_not_read_as_models(self):
+        weights, moments = (self.path(f"{self.CHECKPOINT}/{name}.safetensors")
+                            for name in ("model", "optimizer"))
+        support.flip_bit(weights)
+        for name in ("run", self.CHECKPOINT):
+            self.refuses(f"convert {name} out.pth", FAILED, f"{self.CHECKPOINT}/model.safetensors: ",
+                         "its contents have changed")
+        support.flip_bit(weights)
+        moments.unlink()
+        self.refuses(f"convert {self.CHECKPOINT} out.pth", FAILED,
+                     "optimizer.safetensors: is missing", "name another checkpoint")
+        self.refuses("logits --model run --tokens 1", FAILED, "optimizer.safetensors: is missing",
+                     "an older checkpoint is read if its folder is named")
+        rookery("logits", "--model", self.CHECKPOINT, "--tokens", "1", cwd=self.folder)
+
     def test_that_are_not_there_yet(self):
         shutil.rmtree(self.path(self.CHECKPOINT))
         self.refuses("logits --model run --tokens 1", FAILED, "run/checkpoints",

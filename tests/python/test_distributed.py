@@ -11,7 +11,6 @@ import re
 import resource
 import shutil
 import signal
-import socket
 import subprocess
 import time
 
@@ -19,67 +18,6 @@ import safetensors.numpy
 
 import support
 from support import rookery
-
-DEADLINE_S = 120
-TIMEOUT_S = 5  # the least that distributed.timeout_s may be
-FAKE_TIME = pathlib.Path("/usr/lib/x86_64-linux-gnu/faketime/libfaketimeMT.so.1")
-
-
-def free_port():
-    with socket.socket() as listener:
-        listener.bind(("127.0.0.1", 0))
-        return listener.getsockname()[1]
-
-
-def set_limits(limits):
-    for which, bytes_ in limits:
-        resource.setrlimit(which, (bytes_, bytes_))
-
-
-def clock(offset):
-    """Variables of a process whose wall clock is off; durations stay what they are."""
-    if offset is None:
-        return {}
-    if not FAKE_TIME.exists():
-        support.missing(f"{FAKE_TIME}; install Debian's libfaketime")
-    return {"LD_PRELOAD": str(FAKE_TIME), "FAKETIME": offset, "FAKETIME_DONT_FAKE_MONOTONIC": "1"}
-
-
-class Ranks:
-    """`rookery train` in several processes, under way. By rank, `limits` are their resource limits, and
-    `clocks` how far their clocks are off, as "+1d"."""
-
-    def __init__(self, folder, count, *options, limits=None, clocks=None):
-        port = free_port()
-        self.logs = [folder / f"rank_{rank}.log" for rank in range(count)]
-        self.processes = []
-        for rank, path in enumerate(self.logs):
-            with open(path, "wb") as log:
-                self.processes.append(subprocess.Popen(
-                    support.command_line("train", "--config", "run.toml",
-                                         *(f"--set={option}" for option in options)),
-                    cwd=folder, stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL, stderr=log,
-                    preexec_fn=lambda rank=rank: set_limits((limits or {}).get(rank, ())),
-                    env={**support.environment(), "RANK": str(rank), "WORLD_SIZE": str(count),
-                         "LOCAL_RANK": str(rank), "LOCAL_WORLD_SIZE": str(count),
-                         "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port),
-                         **clock(clocks[rank] if clocks else None)}))
-
-    def wait(self):
-        """Their exit codes."""
-        end = time.monotonic() + DEADLINE_S
-        try:
-            return [process.wait(timeout=end - time.monotonic()) for process in self.processes]
-        finally:
-            self.kill()
-
-    def kill(self):
-        for process in self.processes:
-            process.kill()
-            process.wait()
-
-    def text(self, rank):
-        return self.logs[rank].read_text(encoding="utf-8")
 
 
 def saved_tensors(checkpoint):
@@ -97,37 +35,13 @@ class Run(support.Folder):
         support.write_text(self.folder / "text.txt", support.text_lines())
         rookery("tokenize", "--tokenizer", "bytes", "--output", "corpus", "text.txt",
                 cwd=self.folder)
-        # Seven sequences a step: few numbers of processes divide them. With a constant rate a run may
-        # end sooner and go on.
-        (self.folder / "run.toml").write_text(f"""
-            [model]
-            version = "rwkv4"
-            n_layer = 2
-            n_embd = 32
-            ctx_len = 16
-            [data]
-            train = "corpus"
-            [train]
-            run_dir = "run"
-            batch_size = 7
-            total_steps = 8
-            threads = 1
-            log_every_steps = 1
-            save_every_steps = 4
-            keep_checkpoints = 9
-            [optimizer]
-            clip_norm = 0.5
-            [schedule]
-            kind = "constant"
-            lr_init = 3e-3
-            [distributed]
-            timeout_s = {TIMEOUT_S}
-            """, encoding="utf-8")
+        support.write_config(self.folder / "run.toml", **support.run_of_several(
+            "corpus", lr_init=3e-3, total_steps=8, save_every_steps=4, keep_checkpoints=9))
 
 
 class SameRun(Run):
     def train(self, count, run_dir, *options, **how):
-        ranks = Ranks(self.folder, count, f"train.run_dir={run_dir}", *options, **how)
+        ranks = support.Ranks(self.folder, count, f"train.run_dir={run_dir}", *options, **how)
         codes = ranks.wait()
         self.assertEqual(codes, [0] * count, "\n".join(map(ranks.text, range(count))))
         return self.losses(run_dir)
@@ -232,7 +146,7 @@ class SameRun(Run):
                 run = f"damaged_{number}"
                 self.train(2, run)
                 self.damage(run, what)
-                ranks = Ranks(self.folder, 2, f"train.run_dir={run}")
+                ranks = support.Ranks(self.folder, 2, f"train.run_dir={run}")
                 self.assertEqual(ranks.wait(), [0, 0], ranks.text(0))
                 self.assertRegex(ranks.text(0), f"step_00000008/.*{words}.*an older one is taken")
                 self.assertIn(f"going on from {run}/checkpoints/step_00000004", ranks.text(0))
@@ -277,13 +191,13 @@ class SameRun(Run):
             self.assertAlmostEqual(loss, expected, delta=2e-2)
 
     def test_more_processes_than_sequences_are_refused(self):
-        ranks = Ranks(self.folder, 2, "train.batch_size=1")
+        ranks = support.Ranks(self.folder, 2, "train.batch_size=1")
         self.assertEqual(ranks.wait(), [2, 2])
         self.assertIn("train.batch_size = 1: fewer sequences a step than the 2 processes",
                       ranks.text(0))
 
     def test_a_process_alone_says_who_did_not_come(self):
-        ranks = Ranks(self.folder, 2)
+        ranks = support.Ranks(self.folder, 2)
         ranks.processes[1].kill()
         ranks.processes[1].wait()
         self.assertEqual(ranks.wait()[0], 1)
@@ -296,9 +210,9 @@ class Faults(Run):
     LONG = ("train.total_steps=1000000", "train.save_every_steps=1000000")
 
     def started(self):
-        ranks = Ranks(self.folder, 3, *self.LONG)
+        ranks = support.Ranks(self.folder, 3, *self.LONG)
         self.addCleanup(ranks.kill)
-        end = time.monotonic() + DEADLINE_S
+        end = time.monotonic() + support.DEADLINE_S
         metrics = self.folder / "run" / "metrics.jsonl"
         while not (metrics.exists() and metrics.read_bytes().count(b"\n") > 3):
             self.assertLess(time.monotonic(), end, "the run does not start:\n" + ranks.text(0))
@@ -326,9 +240,9 @@ class Faults(Run):
         ranks.processes[2].send_signal(signal.SIGSTOP)
         begin = time.monotonic()
         for rank in (0, 1):
-            self.assertEqual(ranks.processes[rank].wait(timeout=DEADLINE_S), 1)
+            self.assertEqual(ranks.processes[rank].wait(timeout=support.DEADLINE_S), 1)
             self.assertRegex(ranks.text(rank), r"step \d+: (.* )?rank 2 has not been heard of for")
-        self.assertLess(time.monotonic() - begin, TIMEOUT_S + 5)
+        self.assertLess(time.monotonic() - begin, support.TIMEOUT_S + 5)
 
     def test_a_signal_to_one_saves_on_all(self):
         ranks = self.started()
@@ -342,15 +256,15 @@ class Faults(Run):
         support.write_text(self.folder / "text.txt", support.text_lines(300) + ["\x01"] + support.text_lines(300))
         rookery("tokenize", "--tokenizer", "bytes", "--output", "corpus", "text.txt",
                 cwd=self.folder)
-        ranks = Ranks(self.folder, 1, "train.run_dir=first", "train.total_steps=1")
+        ranks = support.Ranks(self.folder, 1, "train.run_dir=first", "train.total_steps=1")
         self.assertEqual(ranks.wait(), [0])
         rookery("convert", "first", "first.safetensors", cwd=self.folder)
         weights = safetensors.numpy.load_file(self.folder / "first.safetensors")
         weights["emb.weight"][1] = float("nan")
         safetensors.numpy.save_file(weights, self.folder / "first.safetensors")
 
-        ranks = Ranks(self.folder, 3, *self.LONG, "init.from=first.safetensors",
-                      "train.log_every_steps=1000")
+        ranks = support.Ranks(self.folder, 3, *self.LONG, "init.from=first.safetensors",
+                              "train.log_every_steps=1000")
         self.assertEqual(ranks.wait(), [1, 1, 1])
         said = {re.search(r"step (\d+): loss nan.*, for emb.weight was not finite before it, on rank "
                           r"(\d)'s samples (\d+) to (\d+);", ranks.text(rank)).groups()
@@ -361,8 +275,8 @@ class Faults(Run):
         self.assertEqual(tuple(sample - 7 * (step - 1) for sample in samples), share)
 
     def test_a_save_that_fails_on_one_fails_on_all_and_leaves_nothing(self):
-        ranks = Ranks(self.folder, 3, *self.LONG[:1], "train.save_every_steps=3", "model.n_embd=64",
-                      limits={1: [(resource.RLIMIT_FSIZE, 64 << 10)]})
+        ranks = support.Ranks(self.folder, 3, *self.LONG[:1], "train.save_every_steps=3",
+                              "model.n_embd=64", limits={1: [(resource.RLIMIT_FSIZE, 64 << 10)]})
         self.assertEqual(ranks.wait(), [1, 1, 1])
         for rank in range(3):
             self.assertRegex(ranks.text(rank), "rank 1 cannot write its share of the checkpoint: .*"
@@ -371,15 +285,15 @@ class Faults(Run):
 
     def test_a_process_killed_in_a_save_leaves_the_checkpoint_before(self):
         whole = self.folder / "run/checkpoints"
-        ranks = Ranks(self.folder, 2, "train.total_steps=1000000", "train.save_every_steps=1")
+        ranks = support.Ranks(self.folder, 2, "train.total_steps=1000000", "train.save_every_steps=1")
         self.addCleanup(ranks.kill)
-        end = time.monotonic() + DEADLINE_S
+        end = time.monotonic() + support.DEADLINE_S
         while not (len(list(whole.glob("step_*"))) > 2 and list(whole.glob("partial_*"))):
             self.assertLess(time.monotonic(), end, ranks.text(0))
         ranks.processes[1].kill()
         self.assertEqual(ranks.wait(), [1, -signal.SIGKILL])
         newest = max(int(path.name[5:]) for path in whole.glob("step_*"))
-        ranks = Ranks(self.folder, 2, f"train.total_steps={newest + 2}")
+        ranks = support.Ranks(self.folder, 2, f"train.total_steps={newest + 2}")
         self.assertEqual(ranks.wait(), [0, 0], ranks.text(0))
         self.assertIn(f"going on from run/checkpoints/step_{newest:08}", ranks.text(0))
         self.assertEqual(list(whole.glob("partial_*")), [])
@@ -416,14 +330,14 @@ class Launcher(Run):
         return found
 
     def wait_for(self, condition):
-        end = time.monotonic() + DEADLINE_S
+        end = time.monotonic() + support.DEADLINE_S
         while not condition():
             self.assertLess(time.monotonic(), end, self.log())
             time.sleep(0.01)
 
     def test_a_run_whose_processes_are_killed_is_the_run_that_was_not(self):
         options = ("--set", "train.total_steps=400", "--set", "train.save_every_steps=20")
-        self.assertEqual(self.start(*options, "--set", "train.run_dir=whole").wait(DEADLINE_S), 0)
+        self.assertEqual(self.start(*options, "--set", "train.run_dir=whole").wait(support.DEADLINE_S), 0)
         launcher = self.start(*options)
         for kills in range(2):
             folder = self.folder / "run"
@@ -431,7 +345,7 @@ class Launcher(Run):
                           and len(self.ranks_of(launcher)) == 2)
             os.kill(self.ranks_of(launcher)[kills], signal.SIGKILL)
             self.wait_for(lambda: f"restart {kills + 1} of 3" in self.log())
-        self.assertEqual(launcher.wait(DEADLINE_S), 0, self.log())
+        self.assertEqual(launcher.wait(support.DEADLINE_S), 0, self.log())
         for run in ("whole", "run"):
             self.assertIn("step_00000400", support.checkpoints(self.folder / run))
         self.assertEqual(*(saved_tensors(self.folder / run / "checkpoints/step_00000400")
@@ -443,7 +357,7 @@ class Launcher(Run):
         metrics = self.folder / "run" / "metrics.jsonl"
         self.wait_for(lambda: metrics.exists() and metrics.read_bytes().count(b"\n") > 3)
         launcher.send_signal(signal.SIGTERM)
-        self.assertEqual(launcher.wait(DEADLINE_S), 128 + signal.SIGTERM, self.log())
+        self.assertEqual(launcher.wait(support.DEADLINE_S), 128 + signal.SIGTERM, self.log())
         self.assertEqual(len(support.checkpoints(self.folder / "run")), 1)
         self.assertIn("[0]", self.log())
 

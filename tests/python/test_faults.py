@@ -2,7 +2,7 @@
 no memory, a kill. Each time one message that names the file and says what to do, exit code 1, nothing
 half-written under a final name, and all that was there before as it was.
 
-Run by ctest as: test_faults.py PATH_OF_ROOKERY. What mounts asks for root, and skips without.
+Run by ctest as: test_faults.py PATH_OF_ROOKERY. What mounts asks for root, and skips without, but in CI.
 """
 
 import contextlib
@@ -78,7 +78,7 @@ class Faults(support.Folder):
         made = subprocess.run(["mount", "-t", "tmpfs", "-o", f"size={free_bytes // 1024}k", "tmpfs",
                                folder], capture_output=True, check=False)
         if made.returncode != 0:
-            self.skipTest(f"cannot mount a tmpfs: {made.stderr.decode().strip()}")
+            support.missing(f"the right to mount a tmpfs: {made.stderr.decode().strip()}")
         try:
             yield folder
         finally:
@@ -216,6 +216,78 @@ class ReadOnlyFolder(Faults):
             before = support.listing(disk)
             self.remount(disk, "ro")
             self.fails(start(*train), str(disk / "run"), "Read-only file system")
+            self.assertEqual(support.listing(disk), before)
+
+
+class SeveralProcesses(Faults):
+    """Two that train together, and have saved step 4."""
+
+    def setUp(self):
+        super().setUp()
+        support.write_config(self.folder / "run.toml", **support.run_of_several(
+            base / "bytes", lr_init=3e-3, total_steps=100_000, save_every_steps=4))
+
+    def ranks(self, run, *options):
+        ranks = support.Ranks(self.folder, 2, f"train.run_dir={run}", *options)
+        return ranks.wait(), [ranks.text(rank) for rank in range(2)]
+
+    def launch(self, run, *options):
+        done = support.run("train", "--config", "run.toml", "--nproc", 2, "--set",
+                           f"train.run_dir={run}", *options, cwd=self.folder)
+        return done.returncode, done.stderr.decode()
+
+    def save(self, run):
+        codes, said = self.ranks(run, "train.total_steps=4")
+        self.assertEqual(codes, [0, 0], said)
+        return support.listing(run / "checkpoints")
+
+    def test_end_where_the_disk_is_full_and_are_not_started_again(self):
+        self.save(self.folder / "whole")
+        checkpoint = self.folder / "whole/checkpoints/step_00000004"
+        checkpoint_bytes = sum(path.stat().st_size for path in checkpoint.iterdir())
+        # For one and a half, and for the other files of the run.
+        with self.disk(checkpoint_bytes * 3 // 2 + 64 * 1024) as disk:
+            saved = self.save(disk / "run")
+            codes, said = self.ranks(disk / "run")
+            self.assertEqual(codes, [FAILED] * 2, said)
+            for text in said:
+                self.assertRegex(text, f"{disk}/run/checkpoints: .*the disk is full")
+            code, said = self.launch(disk / "run")
+            self.assertEqual(code, FAILED, said)
+            self.assertRegex(said, "not started again, for nothing could be saved: .*disk is full")
+            self.assertNotIn("restart 1 of", said)
+            self.assertEqual(support.listing(disk / "run/checkpoints"), saved)
+            self.remount(disk, "size=8m")
+            code, said = self.launch(disk / "run", "--set", "train.total_steps=8")
+            self.assertEqual(code, 0, said)
+            self.assertIn("step_00000008", support.checkpoints(disk / "run"))
+
+    def test_leave_nothing_of_a_save_that_the_disk_has_no_room_for_after_all(self):
+        with self.disk(8 << 20) as disk:
+            saved = self.save(disk / "run")
+            # Room for the bytes, but not for all of its files: they are written when that is found.
+            status = os.statvfs(disk)
+            self.remount(disk, f"nr_inodes={status.f_files - status.f_ffree + 4}")
+            codes, said = self.ranks(disk / "run")
+            self.assertEqual(codes, [FAILED] * 2, said)
+            for text in said:
+                self.assertRegex(text, r"partial_step_00000008/\S+: .*the disk is full")
+            self.assertEqual(support.listing(disk / "run/checkpoints"), saved)
+
+    def test_end_where_the_folder_is_read_only(self):
+        with self.disk(8 << 20) as disk:
+            self.save(disk / "run")
+            before = support.listing(disk)
+            self.remount(disk, "ro")
+            codes, said = self.ranks(disk / "run")
+            self.assertEqual(codes, [FAILED] * 2, said)
+            # Before the first listens, and so the other can only say that it does not.
+            self.assertIn("Read-only file system", said[0])
+            self.assertIn("rank 1 of 2: the others cannot be reached", said[1])
+            code, said = self.launch(disk / "run")
+            self.assertEqual(code, FAILED, said)
+            self.assertIn("Read-only file system", said)
+            self.assertNotIn("restart 1 of", said)
             self.assertEqual(support.listing(disk), before)
 
 

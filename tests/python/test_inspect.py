@@ -82,12 +82,16 @@ class Inspect(support.Folder):
             self.assertEqual((result["least_id"], result["greatest_id"]), (0, ord("c")))
             self.assertEqual(result["tokenizer"]["identity"], "bytes")
 
-    def test_tells_a_run_and_its_checkpoint(self):
+    def train(self, **model):
+        """A run of three steps."""
         text = support.write_text(self.folder / "a.txt", support.text_lines())
         support.rookery("tokenize", "--tokenizer", "bytes", "--output", self.folder / "c", text)
         config = support.write_config(
-            self.folder / "run.toml", **support.small_run({"train": "c"}, total_steps=3))
+            self.folder / "run.toml", **support.small_run({"train": "c"}, model, total_steps=3))
         support.rookery("train", "--config", config, cwd=self.folder)
+
+    def test_tells_a_run_and_its_checkpoint(self):
+        self.train()
         run = inspect(self.folder / "run")
         self.assertEqual(run["run"]["last_step"], 3)
         checkpoint = inspect(self.folder / "run" / "checkpoints" / "step_00000003")
@@ -95,6 +99,19 @@ class Inspect(support.Folder):
             self.assertEqual((result["version"], result["n_embd"], result["trainer"]["step"]),
                              ("rwkv4", 32, 3))
             self.assertEqual(result["metadata"]["rookery.config"]["model.n_layer"], "2")
+            self.assertIsNone(result["damage"])
+
+    def test_tells_what_a_checkpoint_lacks(self):
+        # So large that its weights are not looked at wherever it is listed.
+        self.train(n_embd=192)
+        checkpoint = self.folder / "run" / "checkpoints" / "step_00000003"
+        support.flip_bit(checkpoint / "model.safetensors")
+        self.assertRegex(inspect(checkpoint)["damage"],
+                         r"step_00000003/model\.safetensors: checksum .*contents have changed")
+        support.flip_bit(checkpoint / "model.safetensors")
+        (checkpoint / "optimizer.safetensors").unlink()
+        self.assertRegex(inspect(checkpoint)["damage"],
+                         r"step_00000003/optimizer\.safetensors: is missing")
 
     def test_tells_tokenizers(self):
         self.assertEqual(inspect("bytes")["vocab_size"], 256)

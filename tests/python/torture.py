@@ -22,8 +22,6 @@ import time
 
 import support
 
-# Beyond the time any wait takes, by far.
-DEADLINE_S = 120
 # Linux ends what has lost its launcher at once; it only takes the machine's time to do so.
 LAST_BREATH_S = 10
 TOKEN = "ROOKERY_TORTURE"
@@ -32,32 +30,11 @@ STEPS_OF_RESTARTS = 4000
 # So often that nearly every kill comes in a save, and so seldom that most do not: by turns.
 SAVE_EVERY = (4, 30)
 # Small steps: what one number of processes rounds otherwise than another does not grow.
-CONFIG = """
-[model]
-version = "rwkv4"
-n_layer = 2
-n_embd = 32
-ctx_len = 16
-[data]
-train = "{corpus}"
-[train]
-run_dir = "run"
-batch_size = 7
-total_steps = {steps}
-threads = 1
-log_every_steps = 1
-save_every_steps = {save_every}
-keep_checkpoints = 3
-[optimizer]
-clip_norm = 0.5
-[schedule]
-kind = "constant"
-lr_init = 1e-4
-[distributed]
-timeout_s = 5
-"""
-# A case's numbers of processes: of one number it ends bit for bit as if undisturbed.
-CASES = ((1,), (2,), (1, 2, 4), (4,))
+LR_INIT = 1e-4
+STAGES = (0, 1, 2)
+# A case's numbers of processes, and how many stages of ZeRO its starts choose from: of one of each it
+# ends bit for bit as if undisturbed. Stages add up the gradient's norm in different orders.
+CASES = (((1,), 1), ((2,), 1), ((1, 2, 4), 3), ((4,), 1), ((4,), 3))
 SHORT_CASES = CASES[:3]
 TOLERANCE = 1e-5
 
@@ -71,7 +48,7 @@ def expect(right, *words):
         raise Failed(" ".join(map(str, words)))
 
 
-def wait_for(condition, what, seconds=DEADLINE_S, pause_s=0.001):
+def wait_for(condition, what, seconds=support.DEADLINE_S, pause_s=0.001):
     end = time.monotonic() + seconds
     while not condition():
         expect(time.monotonic() < end, f"{what} did not come within {seconds} s")
@@ -170,14 +147,15 @@ class Launch:
 
     counter = itertools.count(1)
 
-    def __init__(self, folder, count, *options):
+    def __init__(self, folder, count, stage, *options):
         number = next(self.counter)
         self.lock_path = folder / "run/lock"
         self.token = f"{TOKEN}={os.getpid()}.{number}".encode() + b"\0"
         self.log_path = folder / f"launch_{number:03}.log"
         with open(self.log_path, "wb") as log:
             self.process = subprocess.Popen(
-                support.command_line("train", "--config", "run.toml", "--nproc", count, *options),
+                support.command_line("train", "--config", "run.toml", "--nproc", count,
+                                     "--set", f"distributed.zero={stage}", *options),
                 cwd=folder, stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL, stderr=log,
                 env={**support.environment(), TOKEN: self.token[len(TOKEN) + 1:-1].decode()})
         self.sockets = set()
@@ -254,34 +232,38 @@ class Torture:
     def make_folder(self, name, steps, save_every):
         path = self.folder / name
         path.mkdir()
-        (path / "run.toml").write_text(
-            CONFIG.format(corpus=self.folder / "corpus", steps=steps, save_every=save_every),
-            encoding="utf-8")
+        support.write_config(path / "run.toml", **support.run_of_several(
+            self.folder / "corpus", LR_INIT, total_steps=steps, save_every_steps=save_every,
+            keep_checkpoints=3))
         return Folder(path)
 
-    def run_undisturbed(self, count, **sizes):
-        """The run of as many processes that nobody disturbs; made once."""
-        key = (count, *sizes.values())
+    def run_undisturbed(self, count, stage, **sizes):
+        """The run of as many processes at this stage that nobody disturbs; made once."""
+        key = (count, stage, *sizes.values())
         if key not in self.undisturbed:
             run = self.make_folder("undisturbed_" + "_".join(map(str, key)), **sizes)
-            launch = Launch(run.path, count)
-            code = launch.process.wait(DEADLINE_S)
-            expect(code == 0, f"the undisturbed run of {count} ended with {code}:\n{launch.log()}")
+            launch = Launch(run.path, count, stage)
+            code = launch.process.wait(support.DEADLINE_S)
+            expect(code == 0, f"the undisturbed run of {count} at stage {stage} ended with {code}:\n"
+                   + launch.log())
             launch.check_nothing_is_left()
             self.undisturbed[key] = run
         return self.undisturbed[key]
 
-    def case(self, number, counts, kills):
+    def case(self, number, counts, num_stages, kills):
         """One run from its beginning to its end, with so many kills between."""
         name = f"case_{number:02}"
-        what = "--nproc " + " or ".join(map(str, counts))
         generator = random.Random(f"{self.seed}/{number}")
+        stages = generator.sample(STAGES, num_stages)
+        what = (f"--nproc {' or '.join(map(str, counts))}, distributed.zero = "
+                + " or ".join(map(str, stages)))
         sizes = {"steps": STEPS, "save_every": SAVE_EVERY[number // len(CASES) % 2]}
         run = self.make_folder(name, **sizes)
-        expected = self.run_undisturbed(counts[0], **sizes)
-        killer = Killer(self, run, expected, exact=len(counts) == 1, generator=generator)
+        expected = self.run_undisturbed(counts[0], stages[0], **sizes)
+        killer = Killer(self, run, expected, exact=len(counts) == len(stages) == 1,
+                        generator=generator)
         try:
-            killer.run(counts, kills)
+            killer.run(counts, stages, kills)
         finally:
             killer.end()
         print(f"{name}: {what}, a save every {sizes['save_every']} steps, {killer.kills} kills: "
@@ -291,9 +273,9 @@ class Torture:
     def restarts_in_a_row(self, count):
         """One launcher whose only rank is killed after its first save, again and again."""
         sizes = {"steps": STEPS_OF_RESTARTS, "save_every": STEPS_OF_RESTARTS}
-        expected = self.run_undisturbed(1, **sizes)
+        expected = self.run_undisturbed(1, 0, **sizes)
         run = self.make_folder("restarts", steps=STEPS_OF_RESTARTS, save_every=1)
-        launch = Launch(run.path, 1, "--max-restarts", count)
+        launch = Launch(run.path, 1, 0, "--max-restarts", count)
         begin = time.monotonic()
         try:
             for restart in range(1, count + 1):
@@ -308,7 +290,7 @@ class Torture:
             before = run.newest()
             wait_for(lambda: launch.ended() or run.newest() > before, "a newer checkpoint")
             launch.process.terminate()
-            code = launch.process.wait(DEADLINE_S)
+            code = launch.process.wait(support.DEADLINE_S)
             expect(code == 128 + signal.SIGTERM, f"the launcher ended with {code}:\n{launch.log()}")
             expect(launch.resumes() == count, f"of {count} starts went on", launch.resumes())
             launch.check_nothing_is_left()
@@ -346,20 +328,20 @@ class Killer:
         if self.launch is not None:
             self.launch.kill_all()
 
-    def run(self, counts, kills):
+    def run(self, counts, stages, kills):
         count = None
         while self.kills < kills and not self.is_done():
             if self.launch is None or self.launch.ended():
                 # Another number, if there is another.
                 count = self.random.choice([n for n in counts if n != count] or counts)
-                self.start(count)
+                self.start(count, self.random.choice(stages))
             who = self.random.choice(("rank", "launcher", "all"))
             when = self.random.choice(("start", "step", "step", "save", "save", "rename"))
             if self.wait_until(when):
                 self.kill(who, when, count)
         if self.launch.ended() and not self.is_done():
-            self.start(count)
-        self.launch.process.wait(DEADLINE_S)
+            self.start(count, self.random.choice(stages))
+        self.launch.process.wait(support.DEADLINE_S)
         expect(self.is_done(), f"the launcher ended with {self.launch.process.returncode}")
         self.launch.check_nothing_is_left()
         self.check_steps()
@@ -372,10 +354,10 @@ class Killer:
     def is_done(self):
         return self.launch is not None and self.launch.process.poll() == 0
 
-    def start(self, count):
+    def start(self, count, stage):
         if self.launch is not None:
             self.tally.restarts += 1
-        self.launch = Launch(self.run_folder.path, count, "--max-restarts", 1000)
+        self.launch = Launch(self.run_folder.path, count, stage, "--max-restarts", 1000)
         self.launch_kills = 0
 
     def wait_until(self, when):
@@ -480,7 +462,7 @@ def main():
         for number in itertools.count():
             if tally.kills >= kills:
                 break
-            torture.case(number, cases[number % len(cases)],
+            torture.case(number, *cases[number % len(cases)],
                          min(kills - tally.kills, 3 if options.short else 10))
         if restarts > 0:
             torture.restarts_in_a_row(restarts)
@@ -491,7 +473,7 @@ def main():
     shutil.rmtree(folder)
     print(f"torture: {tally.kills} kills, {tally.in_saves} of them in a save; {tally.restarts} "
           f"restarts; {tally.resumes} resumes made steps, {tally.equal} bit for bit, the others of "
-          f"another number of processes to {TOLERANCE}; nothing lost but steps since a save, nothing "
+          f"another number of processes or stage to {TOLERANCE}; nothing lost but steps since a save, nothing "
           f"left running; {time.monotonic() - begin:.0f} s")
     return 0
 

@@ -242,6 +242,17 @@ TEST_F(Damage, IsFoundInEveryFile) {
   EXPECT_EQ(newest().path, path);
 }
 
+TEST_F(Damage, OfTheNewestIsToldToWhoReadsTheRunsModel) {
+  save(1, 2);
+  const std::string path = save(2, 2);
+  EXPECT_EQ(find_model(folder.path("run")), path);
+  const std::string name = path + "/model.00001-of-00002.safetensors";
+  test::write_file(name, test::read_file(name).substr(1));
+  EXPECT_THAT(
+      THROWN_TEXT(std::runtime_error, find_model(folder.path("run"))),
+      AllOf(HasSubstr(name), HasSubstr("cut short"), HasSubstr("older checkpoint is read if")));
+}
+
 TEST_F(Damage, OfTheManifestIsFound) {
   const std::string older = save(1, 1);
   const std::string path = save(2, 1);
@@ -309,13 +320,32 @@ TEST(CheckpointSaver, SavesWhatWasThereWhenItBegan) {
   // The next step.
   saver.wait_for_copy();
   trained.optimizer->update(at::scalar_tensor(1.0));
-  const auto path = saver.wait();
-  ASSERT_TRUE(path.has_value());
+  const auto saved = saver.wait();
+  ASSERT_TRUE(saved.has_value());
   EXPECT_EQ(saver.take_saved(), std::nullopt);
   const Trained expected(1);
   const Trained other(2);
-  load_optimizer(*path, state, *other.optimizer);
+  load_optimizer(saved->path, state, *other.optimizer);
   expect_same_state(*other.optimizer, *expected.optimizer);
+}
+
+TEST(CheckpointSaver, TellsHowLongASaveTookAndWasWaitedFor) {
+  const test::TempFolder folder;
+  const CheckpointSettings settings = settings_for(folder);
+  const Trained trained(1);
+  CheckpointSaver saver(settings);
+  saver.start(*trained.optimizer, state_after(settings, 1));
+  const auto waited_for = saver.wait();
+  EXPECT_GT(waited_for->save_s, 0);
+  EXPECT_GT(waited_for->wait_s, 0.5 * waited_for->save_s);
+  saver.start(*trained.optimizer, state_after(settings, 2));
+  std::optional<SavedCheckpoint> in_the_background;
+  while (!in_the_background) {
+    in_the_background = saver.take_saved();
+  }
+  EXPECT_LT(in_the_background->wait_s, 0.5 * in_the_background->save_s);
+  EXPECT_EQ(describe({.path = "run/step_1", .save_s = 1.239, .wait_s = 0.0123}),
+            "saved run/step_1 in 1.24 s (training waited 0.01 s)");
 }
 
 TEST(CheckpointSaver, HandsOnWhatItFailedWith) {

@@ -9,6 +9,7 @@
 #include "model/formats/format_registry.h"
 #include "model/formats/pth.h"
 #include "train/commands/commands.h"
+#include "train/manifest.h"
 #include "train/run_folder.h"
 
 namespace rwkv {
@@ -84,7 +85,11 @@ int convert_command(int argc, char** argv) {
   const bool change = parsed->count("dtype") > 0;
   const WeightDtype target =
       change ? parse_target((*parsed)["dtype"].as<std::string>()) : WeightDtype::kF32;
-  const WeightFile file = read_weights(find_model((*parsed)["from"].as<std::string>()));
+  const std::string from = find_model((*parsed)["from"].as<std::string>());
+  if (const std::string damage = find_damage_of_model(from); !damage.empty()) {
+    throw std::runtime_error(damage + "; nothing was written: name another checkpoint");
+  }
+  const WeightFile file = read_weights(from);
   if (std::filesystem::exists(to) && std::filesystem::equivalent(file.path, to)) {
     throw std::invalid_argument(to + ": is the file to read; give another name to write");
   }

@@ -138,6 +138,20 @@ std::optional<std::string> checkpoint_in(const std::string& run_dir) {
   }
 }
 
+// Why the run's next save would fail as this one's did, or nothing if it need not.
+std::optional<std::string> hindrance_to_saving(const std::string& run_dir) {
+  try {
+    if (!run_dir.empty()) {
+      require_space_for_next_checkpoint(run_dir);
+    }
+  } catch (const std::filesystem::filesystem_error&) {
+    // Launchers of other machines look at the same moment, and clean up: the ranks will find out.
+  } catch (const std::runtime_error& error) {
+    return error.what();
+  }
+  return std::nullopt;
+}
+
 // Steps have leading zeros up to eight digits, and more digits beyond.
 bool is_newer(const std::optional<std::string>& now, const std::optional<std::string>& before) {
   if (!now || !before) {
@@ -351,6 +365,10 @@ LaunchResult launch(const LaunchPlan& plan) {
     }
     if (start.failure()->exit_code == kUsage) {
       spdlog::error("not started again: what is wrong with the configuration stays wrong");
+      return result;
+    }
+    if (const auto hindrance = hindrance_to_saving(plan.run_dir)) {
+      spdlog::error("not started again, for nothing could be saved: {}", *hindrance);
       return result;
     }
     const auto now = checkpoint_in(plan.run_dir);

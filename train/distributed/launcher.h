@@ -51,8 +51,9 @@ struct LaunchResult {
 // that ends with 129, 130 or 143 had such a signal itself: it goes to the others, too.
 //   A rank that ends in any other way but with 0 has failed. The others get SIGTERM, and SIGKILL
 // after fault_grace; then all are started anew. Not so after exit code 2, for a wrong configuration
-// stays wrong; after a stop signal; after max_restarts restarts; and after two restarts in a row
-// that left no newer checkpoint in run_dir.
+// stays wrong; after a stop signal; where run_dir's next checkpoint would not find room, or cannot
+// be written; after max_restarts restarts; and after two restarts in a row that left no newer
+// checkpoint in run_dir.
 //   Children die with the launcher, even if that is killed by SIGKILL.
 // Call from the main thread of a program without children of its own; its handling of these signals
 // is as before afterwards. Throws std::runtime_error if a rank cannot be started or what ranks

@@ -237,6 +237,28 @@ TEST_F(Launcher, KillsARankThatDoesNotEnd) {
   EXPECT_TRUE(all_gone({"id1"}));
 }
 
+TEST_F(Launcher, DoesNotStartAgainWhatCannotSave) {
+  LaunchPlan failing = plan("exit 1");
+  failing.max_restarts = 1;
+  failing.run_dir = folder_.path("run");
+  // Files with nothing in them, as large as the disk has room: the next one finds none.
+  const auto make = [&](const std::string& name) {
+    const std::filesystem::path path = folder_.path("run/checkpoints/" + name);
+    std::filesystem::create_directories(path);
+    test::write_file((path / "model.safetensors").string(), "");
+    std::filesystem::resize_file(path / "model.safetensors",
+                                 std::filesystem::space(path).available);
+  };
+  make("step_00000001");
+  EXPECT_EQ(run(failing), 1);
+  EXPECT_EQ(restarts(), "0");
+  EXPECT_THAT(said(), ContainsRegex("not started again.*run/checkpoints: .*the disk is full"));
+  // What is left of another save will not be in the way.
+  make("partial_step_00000002");
+  EXPECT_EQ(run(failing), 1);
+  EXPECT_EQ(restarts(), "1");
+}
+
 TEST_F(Launcher, SaysWhatCannotBeExecuted) {
   LaunchPlan missing = plan("");
   missing.program = folder_.path("missing");
