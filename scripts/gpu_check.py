@@ -67,6 +67,7 @@ class Sizes:
     save_every_steps: int
     ops: list
     steps: list
+    other_versions: list  # steps of the versions that cannot be explained op by op
     decode: list
     links: list  # more arguments of rookery doctor --distributed
     processes: list  # timed on two and on one, without their number of micro-batches
@@ -81,11 +82,14 @@ def sizes_of(device, quick):
         tiny = [*TINY_SHAPE, "--repeats", "1"]
         return Sizes(
             # Small work is slower on several threads, by far where others use the cores, too.
-            threads=1, model={"n_layer": 2, "n_embd": 32, "ctx_len": 32}, batch_size=4,
+            threads=1, model={"n_layer": 2, "n_embd": 64, "ctx_len": 32}, batch_size=4,
             warm_steps=4, resumed_steps=200, save_every_steps=10,
             ops=[("bf16", [*tiny, "--batch", "2", "--ctx-len", "16"])],
             steps=[(dtype, [*tiny, "--batch", batch, "--ctx-len", ctx_len])
                    for dtype in ("fp32", "bf16") for batch, ctx_len in (("4", "16"), ("1", "64"))],
+            other_versions=[("rwkv7", "bf16", ["--shape", "S", "--n-layer", "2", "--n-embd", "64",
+                                               "--repeats", "1", "--batch", "2", "--ctx-len",
+                                               "16"])],
             decode=[("bf16", [*tiny, "--prompt-len", "8"])],
             links=["--max-megabytes", "1"],
             processes=[("bf16", [*tiny, "--batch", "2", "--ctx-len", "16"])])
@@ -97,6 +101,8 @@ def sizes_of(device, quick):
                      ops=[("bf16", ["--shape", "S"])],
                      steps=[(dtype, ["--shape", shape])
                             for shape in ("S", "M") for dtype in ("fp32", "bf16")],
+                     other_versions=[("rwkv7", dtype, ["--shape", "M"])
+                                     for dtype in ("fp32", "bf16")],
                      decode=[("bf16", ["--shape", "M"])],
                      links=[], processes=[("fp32", ["--shape", "M"])])
     return Sizes(
@@ -112,6 +118,8 @@ def sizes_of(device, quick):
                *[("bf16", ["--shape", "L12", "--batch", batch, "--ctx-len", ctx_len,
                            "--recompute", "mixes"])
                  for batch, ctx_len in (("64", "1024"), ("16", "4096"), ("1", "65536"))]],
+        other_versions=[("rwkv7", "bf16", ["--shape", "L12"]),
+                        ("rwkv7", "bf16", ["--shape", "L24", "--recompute", "mixes"])],
         decode=[("bf16", ["--shape", "L12"]), ("bf16", ["--shape", "L24"])],
         links=[],
         processes=[("bf16", ["--shape", "L24", "--recompute", "mixes", "--repeats", "3"])])
@@ -228,11 +236,12 @@ def sentences(count):
 
 
 class Training:
-    """Runs of `rookery train` on one corpus, from the same weights."""
+    """Runs of `rookery train` with one version on one corpus, from the same weights."""
 
-    def __init__(self, runner, sizes):
+    def __init__(self, runner, sizes, version):
         self.runner = runner
         self.sizes = sizes
+        self.version = version
         text = runner.folder / "text.txt"
         text.write_text("\n".join(sentences(4000)) + "\n", encoding="utf-8")
         runner.rookery("tokenize", "--tokenizer", "bytes", "--output", "corpus", text)
@@ -243,11 +252,11 @@ class Training:
 
     def command(self, name, device, dtype, steps, settings):
         """The command line of a run in the folder `name`, which goes on if it is there."""
-        config = self.runner.folder / f"{name}.toml"
-        lines = ["[model]", 'version = "rwkv4"',
+        config = self.runner.folder / f"{self.version}_{name}.toml"
+        lines = ["[model]", f'version = "{self.version}"',
                  *[f"{key} = {value}" for key, value in self.sizes.model.items()],
                  "[data]", 'train = "corpus"', 'tokenizer = "bytes"',
-                 "[train]", f'run_dir = "{name}"', f"batch_size = {self.sizes.batch_size}",
+                 "[train]", f'run_dir = "{self.version}_{name}"', f"batch_size = {self.sizes.batch_size}",
                  f"total_steps = {steps}", "log_every_steps = 1", f'dtype = "{dtype}"',
                  "[schedule]", "lr_init = 1e-3", "lr_final = 1e-3"]
         if self.runner.threads:
@@ -265,11 +274,11 @@ class Training:
         settings = {key.replace("__", "."): value for key, value in settings.items()}
         launcher = ["--nproc", processes, "--max-restarts", 0] if processes > 1 else []
         self.runner.rookery(*self.command(name, device, dtype, steps, settings), *launcher)
-        lines = (self.runner.folder / name / "metrics.jsonl").read_text(encoding="utf-8")
+        lines = (self.runner.folder / f"{self.version}_{name}" / "metrics.jsonl").read_text(encoding="utf-8")
         return [json.loads(line)["loss"] for line in lines.splitlines()]
 
     def checkpoints(self, name):
-        return sorted((self.runner.folder / name / "checkpoints").glob("step_*"))
+        return sorted((self.runner.folder / f"{self.version}_{name}" / "checkpoints").glob("step_*"))
 
     def newest_checkpoint(self, name):
         return self.checkpoints(name)[-1]
@@ -604,10 +613,18 @@ def make_report(runner, sizes):
     facts = facts_of(runner)
     found.check("kernels", check_kernels, runner)
     # In a list: nothing to train with is a failed check like any other.
-    training = []
-    found.check("training starts", lambda: training.append(Training(runner, sizes)) or "weights "
-                f"after {sizes.warm_steps} steps on the CPU")
+    training, training7 = [], []
+    found.check("training starts", lambda: training.append(Training(runner, sizes, "rwkv4")) or
+                f"weights after {sizes.warm_steps} steps on the CPU")
     dtypes = ("fp32", "bf16")
+    found.check("rwkv7 starts", lambda: training7.append(Training(runner, sizes, "rwkv7")) or
+                f"weights after {sizes.warm_steps} steps on the CPU")
+    if training7:
+        for dtype in dtypes:
+            found.check(f"rwkv7 steps {dtype}", check_steps, runner, training7[0], dtype)
+        for dtype in dtypes:
+            found.check(f"rwkv7 graph {dtype}", check_graph, runner, training7[0], dtype)
+        found.check("rwkv7 resume bf16", check_resume, runner, training7[0], "bf16")
     if training:
         for dtype in dtypes:
             found.check(f"steps {dtype}", check_steps, runner, training[0], dtype)
@@ -626,6 +643,9 @@ def make_report(runner, sizes):
     for dtype, arguments in sizes.steps:
         found.time(runner, ["step", "--explain", "--dtype", dtype, *arguments],
                    (*needed, f"steps {dtype}", f"graph {dtype}"))
+    for version, dtype, arguments in sizes.other_versions:
+        found.time(runner, ["step", "--version", version, "--dtype", dtype, *arguments],
+                   ("kernels", f"{version} steps {dtype}", f"{version} graph {dtype}"))
     for dtype, arguments in sizes.decode:
         found.time(runner, ["decode", "--dtype", dtype, *arguments], (*needed, f"steps {dtype}"))
     for dtype, arguments in sizes.processes if has_two else ():

@@ -18,8 +18,9 @@ SCRIPTS = pathlib.Path(__file__).resolve().parents[2] / "scripts"
 sys.path.append(str(SCRIPTS))
 import gpu_check  # noqa: E402
 import step_trace  # noqa: E402
-CHECKS = ["kernels", "training starts", "steps fp32", "steps bf16", "graph fp32", "graph bf16",
-          "resume bf16", "trace", "two processes", "links", "zero 0", "zero 1", "zero 2"]
+CHECKS = ["kernels", "training starts", "rwkv7 starts", "rwkv7 steps fp32", "rwkv7 steps bf16",
+          "rwkv7 graph fp32", "rwkv7 graph bf16", "rwkv7 resume bf16", "steps fp32", "steps bf16",
+          "graph fp32", "graph bf16", "resume bf16", "trace", "two processes", "links", "zero 0", "zero 1", "zero 2"]
 
 
 class GpuCheck(support.Folder):
