@@ -21,6 +21,9 @@ namespace {
 
 // Large enough that small writes cost no system call each.
 constexpr size_t kBufferBytes = size_t{1} << 18;
+// The disk begins with what was written whenever there is as much of it: else all would rest until
+// fsync, and a checkpoint of a gigabyte took 1.3 times as long.
+constexpr uint64_t kDiskBytes = uint64_t{1} << 24;
 
 }  // namespace
 
@@ -102,6 +105,16 @@ void AtomicFile::write_through(std::span<const std::byte> bytes) {
       fail("writing failed");
     }
     bytes = bytes.subspan(static_cast<size_t>(n));
+    handed_over_ += static_cast<uint64_t>(n);
+  }
+  if (handed_over_ - begun_ >= kDiskBytes) {
+    // It waits for nothing, and where a file system has no such call, fsync does it all: whatever
+    // fails on the disk is fsync's to say.
+    ::sync_file_range(fd_,
+                      static_cast<off64_t>(begun_),
+                      static_cast<off64_t>(handed_over_ - begun_),
+                      SYNC_FILE_RANGE_WRITE);
+    begun_ = handed_over_;
   }
 }
 

@@ -42,6 +42,8 @@ class AtomicFile {
   std::string buffer_;
   int fd_ = -1;
   uint64_t written_ = 0;
+  uint64_t handed_over_ = 0;  // of them, to the system
+  uint64_t begun_ = 0;        // of those, on their way to the disk
 };
 
 // Reads a whole small file (a vocabulary, a configuration). Throws std::runtime_error with path and
