@@ -13,12 +13,16 @@ struct ModelConfig {
   int64_t dim_att = 0;            // A; 0 until resolve() makes it n_embd
   int64_t dim_ffn = 0;            // F; 0 until resolve() makes it what the version's author uses
   int64_t head_size = 0;          // N; versions without heads (rwkv4) keep it 0
-  // Inner sizes of RWKV-7's low-rank factors; 0 until resolve() takes the author's, and in other
-  // versions.
-  int64_t rank_decay = 0;  // of w1 and w2
+  // Inner sizes of the low-rank factors of RWKV-6 (mix, decay) and RWKV-7 (all others); 0 until
+  // resolve() takes the author's, and in other versions.
+  int64_t rank_mix = 0;    // of time_maa_w1 and time_maa_w2, for each of five mixes
+  int64_t rank_decay = 0;  // of w1 and w2, time_decay_w1 and time_decay_w2
   int64_t rank_iclr = 0;   // of a1 and a2, the in-context learning rate
   int64_t rank_value = 0;  // of v1 and v2
   int64_t rank_gate = 0;   // of g1 and g2
+  // What is added to the variance of a head's output before it is normalised, above 0: of versions
+  // with heads. RWKV-LM's, at heads of 64 channels; a weight file does not tell it.
+  double group_norm_eps = 64e-5;
   int64_t vocab_size = 0;  // V, 1 or more; 0 until it is taken from the tokenizer
   int64_t ctx_len = 256;   // T trained for; the model itself takes any T
 

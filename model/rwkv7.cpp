@@ -13,9 +13,6 @@
 namespace rwkv {
 namespace {
 
-// Of the author's head size, 64 channels; other sizes have the same.
-constexpr double kGroupNormEps = 64e-5;
-
 // The share that the present token has in a mix; parameters [1, 1, C] say the predecessor's.
 at::Tensor present_shares(at::TensorList mixes) {
   return 1 - at::cat(mixes).flatten(1);
@@ -156,7 +153,8 @@ Rwkv7TimeMix::Rwkv7TimeMix(const ModelConfig& config, int64_t layer)
       value(config.n_embd, config.n_embd),
       output(config.n_embd, config.n_embd),
       ln_x(config.n_embd),
-      is_first_(layer == 0) {
+      is_first_(layer == 0),
+      group_norm_eps_(config.group_norm_eps) {
   const int64_t C = config.n_embd, N = config.head_size;
   const std::pair<const char*, at::Tensor*> vectors[] = {{"x_r", &x_r},
                                                          {"x_w", &x_w},
@@ -219,7 +217,7 @@ TimeMixOutput Rwkv7TimeMix::forward(const TimeMixInput& input) {
                                         w0.flatten(),
                                         input.wkv);
   const at::Tensor z_BTC = ops::wkv7_output(
-      wkv.y_BTC, r_BTC, in.k_BTC, in.v_BTC, g_BTC, r_k, ln_x->weight, ln_x->bias, kGroupNormEps);
+      wkv.y_BTC, r_BTC, in.k_BTC, in.v_BTC, g_BTC, r_k, ln_x->weight, ln_x->bias, group_norm_eps_);
   return {.y_BTC = output(z_BTC),
           .wkv = wkv.state_BHNN,
           .v_first_BTC = is_first_ ? v_BTC : at::Tensor()};

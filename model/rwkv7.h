@@ -40,6 +40,7 @@ struct Rwkv7TimeMix : TimeMix {
 
  private:
   bool is_first_;
+  double group_norm_eps_;
 };
 
 struct Rwkv7ChannelMix : ChannelMix {

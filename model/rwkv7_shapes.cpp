@@ -71,6 +71,7 @@ void resolve(ModelConfig& config) {
   fill(config.rank_iclr, rank_for(config.n_embd, 2.5));
   fill(config.rank_value, rank_for(config.n_embd, 1.7));
   fill(config.rank_gate, rank_for(config.n_embd, 5));
+  refuse_key("rank_mix", config.rank_mix, "rwkv7");
   if (config.dim_att != config.n_embd) {
     throw std::invalid_argument("model.dim_att = " + std::to_string(config.dim_att) +
                                 ": rwkv7 has n_embd = " + std::to_string(config.n_embd) +

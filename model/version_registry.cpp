@@ -3,13 +3,15 @@
 #include <array>
 
 #include "model/rwkv4.h"
+#include "model/rwkv5.h"
+#include "model/rwkv6.h"
 #include "model/rwkv7.h"
 #include "model/version_shapes.h"
 
 namespace rwkv {
 namespace {
 
-const std::array kVersions = {rwkv4_version(), rwkv7_version()};
+const std::array kVersions = {rwkv4_version(), rwkv5_version(), rwkv6_version(), rwkv7_version()};
 
 }  // namespace
 

@@ -16,7 +16,8 @@ namespace {
 
 const auto& versions() {
   // The first that recognises tensors has them.
-  static const std::array kVersions = {rwkv7_shapes(), rwkv4_shapes()};
+  static const std::array kVersions = {
+      rwkv7_shapes(), rwkv6_shapes(), rwkv5_shapes(), rwkv4_shapes()};
   return kVersions;
 }
 
@@ -42,13 +43,8 @@ int64_t size_if_there(const TensorShapes& shapes, std::string_view name, size_t 
   return found == shapes.end() || found->second.size() != 2 ? 0 : found->second[axis];
 }
 
+// "" for none.
 std::string_view version_of(const TensorShapes& shapes) {
-  if (shapes.contains("blocks.0.att.time_maa_x")) {
-    return "rwkv6";
-  }
-  if (shapes.contains("blocks.0.att.ln_x.weight") && shapes.contains("blocks.0.att.time_mix_k")) {
-    return "rwkv5";
-  }
   for (const VersionShapes& version : versions()) {
     if (version.recognises(shapes)) {
       return version.name;

@@ -29,9 +29,10 @@ struct VersionShapes {
 
   // Whether the tensors are this version's; rows are asked in the table's order.
   bool (*recognises)(const TensorShapes& shapes);
-  // The sizes that they have (ctx_len is not in a file: it stays the default). Throws
-  // std::runtime_error naming a tensor that is missing or of an odd shape: of each layer those are
-  // looked at that bound how much larger than the file a model of these sizes is.
+  // The sizes that they have (ctx_len and group_norm_eps are not in a file: they stay the
+  // defaults). Throws std::runtime_error naming a tensor that is missing or of an odd shape: of
+  // each layer those are looked at that bound how much larger than the file a model of these sizes
+  // is.
   ModelConfig (*config_of)(const TensorShapes& shapes);
   // Fills what a configuration leaves open and checks what is the version's own. Throws
   // std::invalid_argument naming the key.
@@ -47,16 +48,15 @@ const VersionShapes& find_version_shapes(std::string_view name);
 // Throws std::runtime_error saying that no known version has these tensors.
 const VersionShapes& recognise_version(const TensorShapes& shapes);
 
-// The version ("rwkv4", "rwkv5", "rwkv6", "rwkv7") and sizes of a model of any RWKV-LM release,
-// whether this program can train it or not, told by names that one version alone has. Nothing if it
-// is none of them; a size that no tensor tells is 0.
-// Source: BlinkDL/RWKV-LM RWKV-v4neo/src/model.py, RWKV-v5/src/model.py,
-// RWKV-v7/train_temp/src/model.py.
+// The version and sizes of a model that may be damaged, for looking at it: a size that no tensor
+// tells is 0. Nothing if no row recognises it.
 std::optional<ModelConfig> describe_shapes(const TensorShapes& shapes);
 
 // ---- The rows, and what they are written with -------------------------------------------------
 
 VersionShapes rwkv4_shapes();
+VersionShapes rwkv5_shapes();
+VersionShapes rwkv6_shapes();
 VersionShapes rwkv7_shapes();
 
 // The tensor's shape. Throws std::runtime_error if it is missing.

@@ -32,6 +32,7 @@ void confirm_sizes(RunConfig& config, const ModelConfig& told, const std::string
   confirm("model.dim_att", model.dim_att, told.dim_att, by);
   confirm("model.dim_ffn", model.dim_ffn, told.dim_ffn, by);
   confirm("model.head_size", model.head_size, told.head_size, by);
+  confirm("model.rank_mix", model.rank_mix, told.rank_mix, by);
   confirm("model.rank_decay", model.rank_decay, told.rank_decay, by);
   confirm("model.rank_iclr", model.rank_iclr, told.rank_iclr, by);
   confirm("model.rank_value", model.rank_value, told.rank_value, by);

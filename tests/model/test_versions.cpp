@@ -25,6 +25,9 @@ struct Synthetic {
   const char* logits;
   int64_t length;
   double loss;
+  // Relative L2 error of a bf16 model's logits. These weights of RWKV-6 turn rounding into three
+  // times the error that the others do, in fp32, too: its mixes depend on the data.
+  double bf16_error = 0.03;
 };
 void PrintTo(const Synthetic& synthetic, std::ostream* out) {
   *out << synthetic.version;
@@ -36,6 +39,19 @@ constexpr Synthetic kSynthetic[] = {
      "logits_f64_2x20x48.bin",
      20,
      4.246744724592618},
+    {"rwkv5",
+     "rwkv567_synthetic/v52_",
+     "tokens_i32_2x17.bin",
+     "logits_f64_2x16x48.bin",
+     16,
+     4.340397897140612},
+    {"rwkv6",
+     "rwkv567_synthetic/v6_",
+     "tokens_i32_2x17.bin",
+     "logits_f64_2x16x48.bin",
+     16,
+     4.510141545967617,
+     0.06},
     {"rwkv7",
      "rwkv567_synthetic/v7_",
      "tokens_i32_2x17.bin",
@@ -96,7 +112,8 @@ TEST_P(Versions, LogitsMatchFloat64) {
       test::load_raw(file(GetParam().logits), at::kDouble, {2, GetParam().length, 48});
   EXPECT_TRUE(test::close_max(logits_of(open(at::kFloat), batch_.inputs_BT), expected, 2e-5));
   EXPECT_TRUE(test::close_max(logits_of(open(at::kDouble), batch_.inputs_BT), expected, 1e-13));
-  EXPECT_TRUE(test::close_l2(logits_of(open(at::kBFloat16), batch_.inputs_BT), expected, 0.03));
+  EXPECT_TRUE(test::close_l2(
+      logits_of(open(at::kBFloat16), batch_.inputs_BT), expected, GetParam().bf16_error));
 }
 
 TEST_P(Versions, EveryGradientMatchesFloat64) {

@@ -25,6 +25,26 @@ ReferenceWkv4 reference_wkv4(const at::Tensor& w_log_A,
   return {at::stack(y, 1), numerator, denominator};
 }
 
+ReferenceWkv6 reference_wkv6(const at::Tensor& r_BTC,
+                             const at::Tensor& w_BTC,
+                             const at::Tensor& k_BTC,
+                             const at::Tensor& v_BTC,
+                             const at::Tensor& u_C,
+                             const at::Tensor& state_BHNN) {
+  const int64_t B = r_BTC.size(0), H = state_BHNN.size(1), N = state_BHNN.size(2);
+  at::Tensor S = state_BHNN;
+  const at::Tensor u = u_C.view({1, H, N, 1});
+  std::vector<at::Tensor> y;
+  for (int64_t t = 0; t < r_BTC.size(1); ++t) {
+    const auto column = [&](const at::Tensor& x) { return x.select(1, t).view({B, H, N, 1}); };
+    const auto row = [&](const at::Tensor& x) { return x.select(1, t).view({B, H, 1, N}); };
+    const at::Tensor kv = column(k_BTC) * row(v_BTC);
+    y.push_back(row(r_BTC).matmul(S + u * kv).view({B, H * N}));
+    S = column(w_BTC) * S + kv;
+  }
+  return {at::stack(y, 1), S};
+}
+
 ReferenceWkv7 reference_wkv7(const at::Tensor& r_BTC,
                              const at::Tensor& w_BTC,
                              const at::Tensor& k_BTC,

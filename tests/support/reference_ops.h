@@ -23,6 +23,19 @@ ReferenceWkv4 reference_wkv4(const at::Tensor& w_log_A,
                              const at::Tensor& numerator_BA,
                              const at::Tensor& denominator_BA);
 
+struct ReferenceWkv6 {
+  at::Tensor y_BTC;
+  at::Tensor state_BHNN;  // first the key, then the value
+};
+
+// wkv6 as its definition says, token by token; w_BTC is the decay itself.
+ReferenceWkv6 reference_wkv6(const at::Tensor& r_BTC,
+                             const at::Tensor& w_BTC,
+                             const at::Tensor& k_BTC,
+                             const at::Tensor& v_BTC,
+                             const at::Tensor& u_C,
+                             const at::Tensor& state_BHNN);
+
 struct ReferenceWkv7 {
   at::Tensor y_BTC;
   at::Tensor state_BHNN;  // as wkv7's: first the key, then the value
