@@ -397,7 +397,8 @@ TEST(OpenModel, AcceptsVectorsWithoutTheirAxesOfOne) {
 TEST(FindVersion, ListsTheKnownOnes) {
   EXPECT_THAT(
       THROWN_TEXT(std::invalid_argument, find_version("rwkv3")),
-      testing::HasSubstr("model.version = \"rwkv3\": no such version; known are rwkv7, rwkv4"));
+      testing::HasSubstr(
+          "model.version = \"rwkv3\": no such version; known are rwkv7, rwkv6, rwkv5, rwkv4"));
 }
 
 }  // namespace
