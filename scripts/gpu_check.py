@@ -242,6 +242,8 @@ class Training:
         self.runner = runner
         self.sizes = sizes
         self.version = version
+        # Of its runs and files.
+        self.prefix = "" if version == "rwkv4" else f"{version}_"
         text = runner.folder / "text.txt"
         text.write_text("\n".join(sentences(4000)) + "\n", encoding="utf-8")
         runner.rookery("tokenize", "--tokenizer", "bytes", "--output", "corpus", text)
@@ -252,11 +254,11 @@ class Training:
 
     def command(self, name, device, dtype, steps, settings):
         """The command line of a run in the folder `name`, which goes on if it is there."""
-        config = self.runner.folder / f"{self.version}_{name}.toml"
+        config = self.runner.folder / f"{self.prefix}{name}.toml"
         lines = ["[model]", f'version = "{self.version}"',
                  *[f"{key} = {value}" for key, value in self.sizes.model.items()],
                  "[data]", 'train = "corpus"', 'tokenizer = "bytes"',
-                 "[train]", f'run_dir = "{self.version}_{name}"', f"batch_size = {self.sizes.batch_size}",
+                 "[train]", f'run_dir = "{self.prefix}{name}"', f"batch_size = {self.sizes.batch_size}",
                  f"total_steps = {steps}", "log_every_steps = 1", f'dtype = "{dtype}"',
                  "[schedule]", "lr_init = 1e-3", "lr_final = 1e-3"]
         if self.runner.threads:
@@ -274,11 +276,12 @@ class Training:
         settings = {key.replace("__", "."): value for key, value in settings.items()}
         launcher = ["--nproc", processes, "--max-restarts", 0] if processes > 1 else []
         self.runner.rookery(*self.command(name, device, dtype, steps, settings), *launcher)
-        lines = (self.runner.folder / f"{self.version}_{name}" / "metrics.jsonl").read_text(encoding="utf-8")
+        metrics = self.runner.folder / f"{self.prefix}{name}" / "metrics.jsonl"
+        lines = metrics.read_text(encoding="utf-8")
         return [json.loads(line)["loss"] for line in lines.splitlines()]
 
     def checkpoints(self, name):
-        return sorted((self.runner.folder / f"{self.version}_{name}" / "checkpoints").glob("step_*"))
+        return sorted((self.runner.folder / f"{self.prefix}{name}" / "checkpoints").glob("step_*"))
 
     def newest_checkpoint(self, name):
         return self.checkpoints(name)[-1]

@@ -107,8 +107,8 @@ struct SampleConfig {
 // Several processes that train together (train/distributed/communicator.h).
 struct DistributedConfig {
   double timeout_s = 60;  // a process that is silent for longer is lost; 5 or more
-  // Stage of ZeRO (train/buckets.h): 0, 1 or 2.
-  int64_t zero = 0;
+  // Stage of ZeRO (train/buckets.h): 0, 1 or 2. 1 is the fastest on GPUs and on CPUs.
+  int64_t zero = 1;
   int64_t compare_weights_every_steps = 500;  // 1 or more
   bool operator==(const DistributedConfig&) const = default;
 };

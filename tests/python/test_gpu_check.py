@@ -88,7 +88,7 @@ class GpuCheck(support.Folder):
             self.assertEqual(timing["rows"][0]["parts"][-1]["what"], "explained")
         self.assertIn("| wkv4 with gate | ", text)
         # Two processes stand beside one and the target, for one micro-batch and for two.
-        for micro_batches, timing in zip(("", " x 2"), report["timings"][5:7], strict=True):
+        for micro_batches, timing in zip(("", " x 2"), report["timings"][6:8], strict=True):
             together, alone = timing["rows"]
             self.assertEqual(together["conditions"]["zero"], 1)
             self.assertEqual(together["target_percent"], 97)
@@ -123,7 +123,7 @@ class GpuCheck(support.Folder):
                                     ("distributed", "steps bf16, zero 1 failed")})
         self.assertIn("Left out: graph fp32 failed", text)
         self.assertEqual([bool(timing["rows"]) for timing in report["timings"]],
-                         [False] * 7 + [True])
+                         [False] * 4 + [True] + [False] * 3 + [True])
 
     def test_two_processes_are_left_out_where_one_gpu_is_visible(self):
         class Machine:

@@ -386,7 +386,7 @@ int bench_distributed_command(int argc, char** argv, bool verbose) {
   add_recompute_option(add);
   add("dtype", "fp32 or bf16", value<std::string>()->default_value("fp32"));
   add("device", "cpu, or cuda: a GPU for each", value<std::string>()->default_value("cpu"));
-  add("zero", "0, 1 or 2 (distributed.zero)", value<int64_t>()->default_value("0"));
+  add("zero", "0, 1 or 2 (distributed.zero)", value<int64_t>()->default_value("1"));
   add_launcher_options(add);
   add_repeat_options(add, "5");
   const auto parsed = parse_options(
