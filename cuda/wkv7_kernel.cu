@@ -90,12 +90,51 @@ __device__ __forceinline__ float line_sum(float x) {
   return x;
 }
 
-// Calls work(place among the tokens, channel) for each of the threads' share of tokens x channels.
-template <int kThreads, int kChannels, typename Work>
-__device__ __forceinline__ void for_cells(int tokens, const Work& work) {
-  for (int cell = static_cast<int>(threadIdx.x); cell < tokens * kChannels; cell += kThreads) {
-    work(cell / kChannels, cell % kChannels);
+// Calls work(place among the tokens, channel) for every eighth of kTokens x kChannels cells, shared
+// among the threads: unrolled, so that all that a thread reads is under way at once.
+template <int kThreads, int kTokens, int kChannels, typename Work>
+__device__ __forceinline__ void for_eights(int tokens, const Work& work) {
+  constexpr int kEights = kTokens * kChannels / 8;
+#pragma unroll
+  for (int first = 0; first < kEights; first += kThreads) {
+    const int cell = (first + static_cast<int>(threadIdx.x)) * 8;
+    if (cell < tokens * kChannels) {
+      work(cell / kChannels, cell % kChannels);
+    }
   }
+}
+
+// Eight neighbours into shared memory, as numbers.
+template <typename Element>
+__device__ __forceinline__ void copy8(const Element* from, float* to) {
+  float x[8];
+  load8(from, x);
+  store8(to, x);
+}
+// The same of w_raw as gates, which decays come from.
+template <typename Element>
+__device__ __forceinline__ void load_gates(const float* w0,
+                                           const Element* w_raw,
+                                           float (&gate)[8]) {
+  float bias[8];
+  load8(w0, bias);
+  load8(w_raw, gate);
+#pragma unroll
+  for (int i = 0; i < 8; ++i) {
+    gate[i] = sigmoid(bias[i] + gate[i]);
+  }
+}
+__device__ __forceinline__ void store_decays(const float (&gate)[8], float* to) {
+  float w[8];
+#pragma unroll
+  for (int i = 0; i < 8; ++i) {
+    w[i] = decay_of(gate[i]);
+  }
+  store8(to, w);
+}
+__device__ __forceinline__ void fill8(float value, float* to) {
+  const float x[8] = {value, value, value, value, value, value, value, value};
+  store8(to, x);
 }
 
 __device__ __forceinline__ int smaller(int64_t x, int y) {
@@ -175,22 +214,28 @@ __global__ void __launch_bounds__(Place<kSize>::kThreads, kThreadsAtOnce / Place
     const int tokens = smaller(sizes.T - begin, kRowTokens);
     const int64_t block_first = at.first + begin * at.n_embd;
     __syncthreads();
-    for_cells<P::kThreads, kSize>(tokens, [&](int token, int channel) {
+    for_eights<P::kThreads, kRowTokens, kSize>(tokens, [&](int token, int channel) {
       const int64_t from = block_first + token * at.n_embd + channel;
       const int to = token * kSize + channel;
-      r[to] = to_float(x.in.r[from]);
-      k[to] = to_float(x.in.k[from]);
-      b[to] = to_float(x.in.b[from]);
-      w[to] = decay_of(sigmoid(x.in.w0[at.head_first + channel] + to_float(x.in.w_raw[from])));
+      float gate[8];
+      load_gates(x.in.w0 + at.head_first + channel, x.in.w_raw + from, gate);
+      copy8(x.in.r + from, r + to);
+      copy8(x.in.k + from, k + to);
+      copy8(x.in.b + from, b + to);
+      store_decays(gate, w + to);
     });
-    const int with_next = smaller(sizes.T - begin, kRowTokens + 1);
-    for_cells<P::kThreads, kSize>(kRowTokens + 1, [&](int token, int channel) {
-      a[token * kSize + channel] =
-          token < with_next ? to_float(x.in.a[block_first + token * at.n_embd + channel]) : 0.0f;
+    // Of the token after the last there is none: nothing is read off for it.
+    for_eights<P::kThreads, kRowTokens + 1, kSize>(tokens + 1, [&](int token, int channel) {
+      float* const to = a + token * kSize + channel;
+      if (begin + token < sizes.T) {
+        copy8(x.in.a + block_first + token * at.n_embd + channel, to);
+      } else {
+        fill8(0.0f, to);
+      }
     });
-    for_cells<P::kThreads, kLines>(tokens, [&](int token, int channel) {
-      v[token * kLines + channel] =
-          to_float(x.in.v[block_first + token * at.n_embd + at.first_line() + channel]);
+    for_eights<P::kThreads, kRowTokens, kLines>(tokens, [&](int token, int own) {
+      copy8(x.in.v + block_first + token * at.n_embd + at.first_line() + own,
+            v + token * kLines + own);
     });
     __syncthreads();
     if (begin == 0) {
@@ -282,9 +327,9 @@ __global__ void __launch_bounds__(Place<kSize>::kThreads, kThreadsAtOnce / Place
                // of the next document may be NaN.
                        *const no_w = a + (kRowTokens + 1) * kSize, *const no_a = no_w + kSize,
                *const dy = no_a + kSize;
-  for_cells<P::kThreads, kSize>(1, [&](int, int channel) {
-    no_w[channel] = 1.0f;
-    no_a[channel] = 0.0f;
+  for_eights<P::kThreads, 1, kSize>(1, [&](int, int channel) {
+    fill8(1.0f, no_w + channel);
+    fill8(0.0f, no_a + channel);
   });
   float D[kPerLane];
   set_line<kSize>(D, 0.0f);
@@ -302,26 +347,30 @@ __global__ void __launch_bounds__(Place<kSize>::kThreads, kThreadsAtOnce / Place
     const int tokens = smaller(sizes.T - begin, kRowTokens);
     const int64_t block_first = at.first + begin * at.n_embd;
     __syncthreads();
-    for_cells<P::kThreads, kSize>(tokens, [&](int token, int channel) {
+    for_eights<P::kThreads, kRowTokens, kSize>(tokens, [&](int token, int channel) {
       const int64_t from = block_first + token * at.n_embd + channel;
       const int to = token * kSize + channel;
-      r[to] = to_float(x.in.r[from]);
-      k[to] = to_float(x.in.k[from]);
-      b[to] = to_float(x.in.b[from]);
+      copy8(x.in.r + from, r + to);
+      copy8(x.in.k + from, k + to);
+      copy8(x.in.b + from, b + to);
     });
     // Of the token after the last there is none: D comes from dstate_out as it is.
-    for_cells<P::kThreads, kSize>(tokens + 1, [&](int token, int channel) {
+    for_eights<P::kThreads, kRowTokens + 1, kSize>(tokens + 1, [&](int token, int channel) {
       const int64_t from = block_first + token * at.n_embd + channel;
       const int to = token * kSize + channel;
-      const bool is_there = begin + token < sizes.T;
-      w[to] = is_there
-                  ? decay_of(sigmoid(x.in.w0[at.head_first + channel] + to_float(x.in.w_raw[from])))
-                  : 1.0f;
-      a[to] = is_there ? to_float(x.in.a[from]) : 0.0f;
+      if (begin + token < sizes.T) {
+        float gate[8];
+        load_gates(x.in.w0 + at.head_first + channel, x.in.w_raw + from, gate);
+        copy8(x.in.a + from, a + to);
+        store_decays(gate, w + to);
+      } else {
+        fill8(1.0f, w + to);
+        fill8(0.0f, a + to);
+      }
     });
-    for_cells<P::kThreads, kLines>(tokens, [&](int token, int channel) {
-      dy[token * kLines + channel] =
-          to_float(x.dy[block_first + token * at.n_embd + at.first_line() + channel]);
+    for_eights<P::kThreads, kRowTokens, kLines>(tokens, [&](int token, int own) {
+      copy8(x.dy + block_first + token * at.n_embd + at.first_line() + own,
+            dy + token * kLines + own);
     });
     __syncthreads();
     for (int token = tokens - 1; token >= 0; --token) {
@@ -416,20 +465,28 @@ __device__ __forceinline__ void make_column_again(const Wkv7Backward<Element>& x
     const int tokens = smaller(last + 1 - begin, kColumnTokens);
     const int64_t block_first = at.first + begin * at.n_embd;
     __syncthreads();
-    for_cells<Place<kSize>::kThreads, kSize>(tokens, [&](int token, int channel) {
+    constexpr int kThreads = Place<kSize>::kThreads;
+    for_eights<kThreads, kColumnTokens, kSize>(tokens, [&](int token, int channel) {
       const int64_t from = block_first + token * at.n_embd + channel;
-      shared.v[token * kSize + channel] = to_float(x.in.v[from]);
-      shared.u[token * kSize + channel] = x.u[from];
+      copy8(x.in.v + from, shared.v + token * kSize + channel);
+      copy8(x.u + from, shared.u + token * kSize + channel);
+    });
+    for_eights<kThreads, kColumnTokens, kLines>(tokens, [&](int token, int own) {
+      const int line = at.first_line() + own, to = token * kLines + own;
+      const int64_t from = block_first + token * at.n_embd + line;
+      float gate[8];
+      load_gates(x.in.w0 + at.head_first + line, x.in.w_raw + from, gate);
+      copy8(x.in.k + from, shared.k + to);
+      copy8(x.in.b + from, shared.b + to);
+      store_decays(gate, shared.w + to);
     });
     __syncthreads();
     for (int token = 0; token < tokens; ++token) {
-      const int64_t from = block_first + token * at.n_embd + at.line;
+      const int own = token * kLines + at.own;
       if (x.in.starts != nullptr && x.in.starts[at.row * sizes.T + begin + token]) {
         set_line<kSize>(S, 0.0f);
       }
-      const float w =
-          decay_of(sigmoid(x.in.w0[at.head_first + at.line] + to_float(x.in.w_raw[from])));
-      const float b = to_float(x.in.b[from]), k = to_float(x.in.k[from]);
+      const float w = shared.w[own], b = shared.b[own], k = shared.k[own];
       for_own_fours<kSize>(at.part, [&](int e, int four) {
         float v[4], u[4];
         load4(shared.v + token * kSize + four, v);
@@ -452,31 +509,39 @@ __device__ __forceinline__ void load_column_tokens(const Wkv7Backward<Element>& 
   constexpr int kThreads = Place<kSize>::kThreads;
   const int64_t block_first = at.first + begin * at.n_embd;
   __syncthreads();
-  for_cells<kThreads, kSize>(tokens, [&](int token, int channel) {
+  for_eights<kThreads, kColumnTokens, kSize>(tokens, [&](int token, int channel) {
     const int64_t from = block_first + token * at.n_embd + channel;
     const int to = token * kSize + channel;
-    shared.v[to] = to_float(x.in.v[from]);
-    shared.u[to] = x.u[from];
-    shared.dy[to] = to_float(x.dy[from]);
+    copy8(x.in.v + from, shared.v + to);
+    copy8(x.u + from, shared.u + to);
+    copy8(x.dy + from, shared.dy + to);
   });
-  for_cells<kThreads, kSize>(tokens + 1, [&](int token, int channel) {
-    shared.du[token * kSize + channel] =
-        begin + token < x.in.sizes.T ? x.du[block_first + token * at.n_embd + channel] : 0.0f;
+  for_eights<kThreads, kColumnTokens + 1, kSize>(tokens + 1, [&](int token, int channel) {
+    float* const to = shared.du + token * kSize + channel;
+    if (begin + token < x.in.sizes.T) {
+      copy8(x.du + block_first + token * at.n_embd + channel, to);
+    } else {
+      fill8(0.0f, to);
+    }
   });
-  for_cells<kThreads, kLines>(tokens + 1, [&](int token, int own) {
-    const int line = at.first_line() + own;
+  for_eights<kThreads, kColumnTokens + 1, kLines>(tokens + 1, [&](int token, int own) {
+    const int line = at.first_line() + own, to = token * kLines + own;
     const int64_t from = block_first + token * at.n_embd + line;
-    const int to = token * kLines + own;
-    const bool is_there = begin + token < x.in.sizes.T;
-    const float gate =
-        is_there ? sigmoid(x.in.w0[at.head_first + line] + to_float(x.in.w_raw[from])) : 0.0f;
-    shared.w[to] = decay_of(gate);
-    shared.a[to] = is_there ? to_float(x.in.a[from]) : 0.0f;
+    if (begin + token >= x.in.sizes.T) {
+      // D comes from dstate_out as it is.
+      fill8(1.0f, shared.w + to);
+      fill8(0.0f, shared.a + to);
+      return;
+    }
+    float gate[8];
+    load_gates(x.in.w0 + at.head_first + line, x.in.w_raw + from, gate);
+    copy8(x.in.a + from, shared.a + to);
+    store_decays(gate, shared.w + to);
     if (token < tokens) {
-      shared.gate[to] = gate;
-      shared.r[to] = to_float(x.in.r[from]);
-      shared.k[to] = to_float(x.in.k[from]);
-      shared.b[to] = to_float(x.in.b[from]);
+      store8(shared.gate + to, gate);
+      copy8(x.in.r + from, shared.r + to);
+      copy8(x.in.k + from, shared.k + to);
+      copy8(x.in.b + from, shared.b + to);
     }
   });
   __syncthreads();

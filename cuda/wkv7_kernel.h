@@ -26,7 +26,8 @@ struct Wkv7Sizes {
 int64_t wkv7_carries_floats(const Wkv7Sizes& sizes);
 
 // All pointers are to device memory, contiguous, [B, T, H N] where nothing else is said; `Element`
-// is float or __nv_bfloat16, arithmetic is fp32. Outputs may not overlap inputs.
+// is float or __nv_bfloat16, arithmetic is fp32. Outputs may not overlap inputs. Pointers are
+// aligned to 16 bytes.
 template <typename Element>
 struct Wkv7Inputs {
   Wkv7Sizes sizes;
