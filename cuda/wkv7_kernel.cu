@@ -43,13 +43,14 @@ __device__ __forceinline__ float decay_of(float gate) {
 template <int kSize>
 struct Place {
   static constexpr int kParts = kSize / kPerLane;
+  static constexpr int kBlocks = kSize / kLines;  // of a head
   static constexpr int kThreads = kLines * kParts;
 
   __device__ explicit Place(const Wkv7Sizes& sizes)
       : part(static_cast<int>(threadIdx.x) % kParts),
         own(static_cast<int>(threadIdx.x) / kParts),
-        line(static_cast<int>(blockIdx.x) % kParts * kLines + own),
-        number(static_cast<int64_t>(blockIdx.x) / kParts),
+        line(static_cast<int>(blockIdx.x) % kBlocks * kLines + own),
+        number(static_cast<int64_t>(blockIdx.x) / kBlocks),
         row(number / sizes.H),
         n_embd(sizes.H * kSize),
         head_first(number % sizes.H * kSize),
@@ -647,7 +648,7 @@ __global__ void __launch_bounds__(Place<kSize>::kThreads,
 
 template <int kSize>
 LaunchShape shape_of(const Wkv7Sizes& sizes, int shared_floats) {
-  return {.grid = dim3(static_cast<unsigned>(sizes.B * sizes.H * Place<kSize>::kParts)),
+  return {.grid = dim3(static_cast<unsigned>(sizes.B * sizes.H * Place<kSize>::kBlocks)),
           .block = dim3(Place<kSize>::kThreads),
           .shared_bytes = static_cast<size_t>(shared_floats) * sizeof(float)};
 }

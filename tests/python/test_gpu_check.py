@@ -75,7 +75,7 @@ class GpuCheck(support.Folder):
         for name in ("device", "rookery", "torch", "system", "processor"):
             self.assertTrue(report["facts"][name], name)
         benchmarks = [timing["command"].split()[2] for timing in report["timings"]]
-        self.assertEqual(benchmarks, ["step"] * 4 + ["decode"] + ["distributed"] * 2 + ["ops"])
+        self.assertEqual(benchmarks, ["step"] * 5 + ["decode"] + ["distributed"] * 2 + ["ops"])
         for timing in report["timings"]:
             with self.subTest(timing["command"]):
                 self.assertNotIn("left_out", timing)
