@@ -10,7 +10,7 @@ namespace rwkv {
 namespace {
 
 // At stage 2 gradients have no memory but their buckets': while one is reduced, backward fills the
-// next. On a CPU Gloo has copies of what it scatters or gathers.
+// next. On a CPU each reduction under way has memory for the other processes' parts.
 constexpr size_t kMaxUnderWay = 2;
 
 }  // namespace
