@@ -59,6 +59,18 @@ void add_states(const StepPlan& plan, MemoryPlan& memory) {
   }
 }
 
+// On a CPU, where processes exchange parts with each other (train/distributed/communicator.cpp): the
+// others' parts of the buckets that are under way, from ZeRO stage 1 on.
+double exchange_bytes(const StepPlan& plan) {
+  if (on_gpu(plan) || plan.processes == 1 || plan.zero_stage == 0) {
+    return 0;
+  }
+  const auto parts = static_cast<double>(plan.processes);
+  const double under_way =
+      std::min(gradient_bytes(plan), 2 * static_cast<double>(Sharding().bucket_bytes));
+  return under_way * (parts - 1) / parts;
+}
+
 // Sizes that the activations of one micro-batch are made of, in bytes.
 struct Activations {
   double plane = 0;   // [B, T, C]
@@ -297,6 +309,7 @@ MemoryPlan plan_memory(const StepPlan& plan) {
   add_states(plan, memory);
   const Activations activations = activations_of(plan);
   add_kept(plan, activations, memory);
+  memory[MemoryKind::kBuffers] += exchange_bytes(plan);
   memory[MemoryKind::kFramework] = framework_bytes(plan);
   const MemoryPlan loss = in_the_loss(plan, activations, memory);
   const MemoryPlan backward = in_backward(plan, activations, memory);
