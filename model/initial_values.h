@@ -32,6 +32,32 @@ double depth_down(const ModelConfig& config, int64_t layer);
 at::Tensor channel_ratios(int64_t n);
 at::Tensor channel_span(int64_t n);
 
+// emb, head, ln_out and all biases, whose values are the same in every version. Returns whether the
+// parameter was one of these.
+bool initialise_common(std::string_view name,
+                       at::Tensor& parameter,
+                       double emb_range,
+                       at::Generator generator);
+
+// ---- Versions with heads: 5 and later -----------------------------------------------------------
+
+// These have a range of their own for emb.
+constexpr double kHeadedEmbRange = 1e-4;
+// The rest of a block, for what its version does not say: norms, matrices, and zero for others.
+void initialise_headed(const ModelConfig& config,
+                       const BlockName& name,
+                       at::Tensor& parameter,
+                       at::Generator generator);
+// time_decay and time_faaaa of RWKV-5 and -6, [dim_att], fp64.
+at::Tensor initial_headed_decay(const ModelConfig& config, int64_t layer);
+at::Tensor initial_headed_bonus(const ModelConfig& config, int64_t layer);
+// The wkv state before any token, a zero matrix a head: [B, H, N, N].
+at::Tensor initial_head_states(const ModelConfig& config,
+                               int64_t batch_size,
+                               const at::TensorOptions& options);
+
+// ---- Training classes ---------------------------------------------------------------------------
+
 // Sizes of `shape` above 1: 2 for a matrix.
 int64_t num_wide_axes(at::IntArrayRef shape);
 

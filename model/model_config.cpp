@@ -29,10 +29,6 @@ void ModelConfig::validate() const {
   require_at_least(0, "rank_iclr", rank_iclr);
   require_at_least(0, "rank_value", rank_value);
   require_at_least(0, "rank_gate", rank_gate);
-  if (!(group_norm_eps > 0 && group_norm_eps <= 1)) {
-    throw std::invalid_argument("model.group_norm_eps = " + std::to_string(group_norm_eps) +
-                                ": must be above 0 and at most 1");
-  }
   require_at_least(1, "vocab_size", vocab_size);
   require_at_least(1, "ctx_len", ctx_len);
 }

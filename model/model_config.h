@@ -20,8 +20,9 @@ struct ModelConfig {
   int64_t rank_iclr = 0;   // of a1 and a2, the in-context learning rate
   int64_t rank_value = 0;  // of v1 and v2
   int64_t rank_gate = 0;   // of g1 and g2
-  // What is added to the variance of a head's output before it is normalised, above 0: of versions
-  // with heads. RWKV-LM's, at heads of 64 channels; a weight file does not tell it.
+  // Of versions with heads: added to the variance of a head's output before it is normalised. All
+  // released models have this one and no file tells it, so it is no key of a configuration. Only
+  // rwkv.cpp's tiny RWKV-5 models, which tests compute, want another: 1e-5.
   double group_norm_eps = 64e-5;
   int64_t vocab_size = 0;  // V, 1 or more; 0 until it is taken from the tokenizer
   int64_t ctx_len = 256;   // T trained for; the model itself takes any T

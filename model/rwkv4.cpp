@@ -39,20 +39,7 @@ void initialise(const ModelConfig& config,
                 at::Tensor& parameter,
                 double emb_range,
                 at::Generator generator) {
-  if (name == "emb.weight") {
-    parameter.uniform_(-emb_range, emb_range, generator);
-    return;
-  }
-  if (name == "head.weight") {
-    fill_orthogonal(parameter, 0.5 * widening_gain(parameter), generator);
-    return;
-  }
-  if (name.ends_with(".bias")) {
-    parameter.zero_();
-    return;
-  }
-  if (name.starts_with("ln_out.")) {
-    parameter.fill_(1);
+  if (initialise_common(name, parameter, emb_range, generator)) {
     return;
   }
   const auto [layer, rest] = parse_block_name(name);

@@ -1,6 +1,4 @@
 // RWKV-4's tensors. Source: BlinkDL/RWKV-LM RWKV-v4neo/src/model.py.
-#include <stdexcept>
-
 #include "model/version_shapes.h"
 
 namespace rwkv {
@@ -39,10 +37,6 @@ void resolve(ModelConfig& config) {
   refuse_key("rank_iclr", config.rank_iclr, "rwkv4");
   refuse_key("rank_value", config.rank_value, "rwkv4");
   refuse_key("rank_gate", config.rank_gate, "rwkv4");
-  if (config.group_norm_eps != ModelConfig{}.group_norm_eps) {
-    throw std::invalid_argument("model.group_norm_eps = " + std::to_string(config.group_norm_eps) +
-                                ": rwkv4 has none; leave the key out");
-  }
 }
 
 TensorShapes parameters(const ModelConfig& config) {

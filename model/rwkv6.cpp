@@ -14,21 +14,12 @@ namespace {
 
 constexpr int64_t kNumMixes = 5;  // w, k, v, r, g
 
-at::Tensor initial_wkv(const ModelConfig& config,
-                       int64_t batch_size,
-                       const at::TensorOptions& options) {
-  const int64_t N = config.head_size;
-  return at::zeros({batch_size, config.dim_att / N, N, N}, options);
-}
-
 // ---- Initial values -----------------------------------------------------------------------------
-
-constexpr double kEmbRange = 1e-4;
 
 // The vectors of a block by name; undefined for another.
 at::Tensor initial_vector(const ModelConfig& config, int64_t layer, std::string_view name) {
   const double r01 = depth_up(config, layer), r10 = depth_down(config, layer);
-  const at::Tensor d = channel_ratios(config.n_embd), span = channel_span(config.dim_att);
+  const at::Tensor d = channel_ratios(config.n_embd);
   if (name == "att.time_maa_x" || name == "att.time_maa_w" || name == "att.time_maa_k") {
     return 1 - d.pow(r10);
   }
@@ -42,15 +33,10 @@ at::Tensor initial_vector(const ModelConfig& config, int64_t layer, std::string_
     return 1 - d.pow(std::pow(r10, 3));
   }
   if (name == "att.time_decay") {
-    return -6 + 5 * span.pow(0.7 + 1.3 * r01);
+    return initial_headed_decay(config, layer);
   }
   if (name == "att.time_faaaa") {
-    const at::Tensor zigzag = (at::arange(config.dim_att, at::kDouble) + 1).remainder(3) - 1;
-    return r01 * (1 - span) + 0.1 * zigzag;
-  }
-  if (name == "att.ln_x.weight") {
-    const double depth = static_cast<double>(layer + 1) / static_cast<double>(config.n_layer);
-    return at::full({config.dim_att}, std::pow(depth, 0.7), at::kDouble);
+    return initial_headed_bonus(config, layer);
   }
   return {};
 }
@@ -60,53 +46,26 @@ void initialise(const ModelConfig& config,
                 at::Tensor& parameter,
                 double /*emb_range*/,
                 at::Generator generator) {
-  if (name == "emb.weight") {
-    parameter.uniform_(-kEmbRange, kEmbRange, generator);
+  if (initialise_common(name, parameter, kHeadedEmbRange, generator)) {
     return;
   }
-  if (name == "head.weight") {
-    fill_orthogonal(parameter, 0.5 * widening_gain(parameter), generator);
-    return;
-  }
-  if (name.ends_with(".bias")) {
-    parameter.zero_();
-    return;
-  }
-  if (name.starts_with("ln_out.")) {
-    parameter.fill_(1);
-    return;
-  }
-  const auto [layer, rest] = parse_block_name(name);
-  if (const at::Tensor vector = initial_vector(config, layer, rest); vector.defined()) {
+  const BlockName block = parse_block_name(name);
+  if (const at::Tensor vector = initial_vector(config, block.layer, block.rest); vector.defined()) {
     parameter.copy_(vector.view_as(parameter));
-  } else if (rest.starts_with("ln")) {
-    parameter.fill_(1);
-  } else if (rest == "att.time_maa_w2" || rest == "att.time_decay_w2") {
+  } else if (block.rest == "att.time_maa_w2" || block.rest == "att.time_decay_w2") {
     parameter.uniform_(-0.01, 0.01, generator);
-  } else if (rest == "att.receptance.weight" || rest == "att.value.weight" ||
-             rest == "ffn.key.weight") {
-    fill_orthogonal(parameter, 1, generator);
-  } else if (rest == "att.key.weight" || rest == "att.gate.weight") {
-    fill_orthogonal(parameter, 0.1, generator);
   } else {
-    // time_maa_w1, time_decay_w1; output; ffn receptance, value.
-    parameter.zero_();
+    initialise_headed(config, block, parameter, generator);
   }
 }
 
 // ---- Training classes ---------------------------------------------------------------------------
 
 ParameterTraits traits(std::string_view name, at::IntArrayRef shape) {
-  ParameterTraits result;
-  if (name.ends_with(".att.time_decay")) {
-    result.lr_scale = 2;
-    result.keep_fp32 = true;
-  }
-  if (name.ends_with(".att.time_faaaa")) {
-    result.keep_fp32 = true;
-  }
-  result.weight_decay = num_wide_axes(shape) >= 2 && name.ends_with(".weight");
-  return result;
+  const bool is_decay = name.ends_with(".att.time_decay");
+  return {.lr_scale = is_decay ? 2.0 : 1.0,
+          .weight_decay = num_wide_axes(shape) >= 2 && name.ends_with(".weight"),
+          .keep_fp32 = is_decay || name.ends_with(".att.time_faaaa")};
 }
 
 }  // namespace
@@ -202,7 +161,7 @@ ModelVersion rwkv6_version() {
       .make_channel_mix = [](const ModelConfig& config, int64_t) -> std::shared_ptr<ChannelMix> {
         return std::make_shared<Rwkv6ChannelMix>(config);
       },
-      .initial_wkv = &initial_wkv,
+      .initial_wkv = &initial_head_states,
       .initialise = &initialise,
       .traits = &traits};
 }

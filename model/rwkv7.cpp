@@ -29,16 +29,7 @@ at::Tensor low_rank(const at::Tensor& bias_11C,
       .view({inner_BTD.size(0), inner_BTD.size(1), up_DC.size(1)});
 }
 
-at::Tensor initial_wkv(const ModelConfig& config,
-                       int64_t batch_size,
-                       const at::TensorOptions& options) {
-  const int64_t N = config.head_size;
-  return at::zeros({batch_size, config.n_embd / N, N, N}, options);
-}
-
 // ---- Initial values -----------------------------------------------------------------------------
-
-constexpr double kEmbRange = 1e-4;
 
 // From -1 to 1 within each head, slow in the middle.
 at::Tensor zigzag(const ModelConfig& config) {
@@ -86,10 +77,6 @@ at::Tensor initial_vector(const ModelConfig& config, int64_t layer, std::string_
   if (name == "att.r_k") {
     return at::full({config.n_embd}, -0.04, at::kDouble);
   }
-  if (name == "att.ln_x.weight") {
-    const double depth = static_cast<double>(layer + 1) / static_cast<double>(config.n_layer);
-    return at::full({config.n_embd}, std::pow(depth, 0.7), at::kDouble);
-  }
   return {};
 }
 
@@ -98,38 +85,17 @@ void initialise(const ModelConfig& config,
                 at::Tensor& parameter,
                 double /*emb_range*/,
                 at::Generator generator) {
-  if (name == "emb.weight") {
-    parameter.uniform_(-kEmbRange, kEmbRange, generator);
+  if (initialise_common(name, parameter, kHeadedEmbRange, generator)) {
     return;
   }
-  if (name == "head.weight") {
-    fill_orthogonal(parameter, 0.5 * widening_gain(parameter), generator);
-    return;
-  }
-  if (name.ends_with(".bias")) {
-    parameter.zero_();
-    return;
-  }
-  if (name.starts_with("ln_out.")) {
-    parameter.fill_(1);
-    return;
-  }
-  const auto [layer, rest] = parse_block_name(name);
-  const bool is_low_rank = rest.starts_with("att.") && rest.size() == 6;
-  if (const at::Tensor vector = initial_vector(config, layer, rest); vector.defined()) {
+  const BlockName block = parse_block_name(name);
+  const bool is_low_rank = block.rest.starts_with("att.") && block.rest.size() == 6;
+  if (const at::Tensor vector = initial_vector(config, block.layer, block.rest); vector.defined()) {
     parameter.copy_(vector.view_as(parameter));
-  } else if (rest.starts_with("ln")) {
-    parameter.fill_(1);
-  } else if (is_low_rank && rest.ends_with('2')) {
+  } else if (is_low_rank && block.rest.ends_with('2')) {
     fill_orthogonal(parameter, 0.1 * widening_gain(parameter), generator);
-  } else if (rest == "att.receptance.weight" || rest == "att.value.weight" ||
-             rest == "ffn.key.weight") {
-    fill_orthogonal(parameter, 1, generator);
-  } else if (rest == "att.key.weight") {
-    fill_orthogonal(parameter, 0.1, generator);
   } else {
-    // w1, a1, v1, g1; output; ffn value.
-    parameter.zero_();
+    initialise_headed(config, block, parameter, generator);
   }
 }
 
@@ -249,7 +215,7 @@ ModelVersion rwkv7_version() {
       .make_channel_mix = [](const ModelConfig& config, int64_t) -> std::shared_ptr<ChannelMix> {
         return std::make_shared<Rwkv7ChannelMix>(config);
       },
-      .initial_wkv = &initial_wkv,
+      .initial_wkv = &initial_head_states,
       .initialise = &initialise,
       .traits = &traits};
 }

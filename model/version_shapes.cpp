@@ -43,6 +43,15 @@ int64_t size_if_there(const TensorShapes& shapes, std::string_view name, size_t 
   return found == shapes.end() || found->second.size() != 2 ? 0 : found->second[axis];
 }
 
+// RWKV-5 before 5.2: a norm of heads as there, but one decay and one bonus for each of them.
+constexpr std::string_view kRwkv5Preview = "rwkv5.0 or rwkv5.1";
+bool is_rwkv5_preview(const TensorShapes& shapes) {
+  const auto decay = shapes.find("blocks.0.att.time_decay");
+  return shapes.contains("blocks.0.att.ln_x.weight") &&
+         shapes.contains("blocks.0.att.time_mix_k") && decay != shapes.end() &&
+         decay->second.size() == 1;
+}
+
 // "" for none.
 std::string_view version_of(const TensorShapes& shapes) {
   for (const VersionShapes& version : versions()) {
@@ -50,7 +59,7 @@ std::string_view version_of(const TensorShapes& shapes) {
       return version.name;
     }
   }
-  return "";
+  return is_rwkv5_preview(shapes) ? kRwkv5Preview : "";
 }
 
 }  // namespace
@@ -88,6 +97,11 @@ const VersionShapes& recognise_version(const TensorShapes& shapes) {
     if (version.recognises(shapes)) {
       return version;
     }
+  }
+  if (is_rwkv5_preview(shapes)) {
+    throw std::runtime_error("is " + std::string(kRwkv5Preview) +
+                             ", previews with one decay for each head, which are not supported; of "
+                             "RWKV-5 use a release of 5.2");
   }
   throw std::runtime_error("holds " + std::to_string(shapes.size()) +
                            " tensors of no RWKV version known here; known are " + known_names());

@@ -45,11 +45,13 @@ struct VersionShapes {
 
 // Throws std::invalid_argument listing the known names.
 const VersionShapes& find_version_shapes(std::string_view name);
-// Throws std::runtime_error saying that no known version has these tensors.
+// Throws std::runtime_error saying that no known version has these tensors, or that they are a
+// preview's of RWKV-5.
 const VersionShapes& recognise_version(const TensorShapes& shapes);
 
 // The version and sizes of a model that may be damaged, for looking at it: a size that no tensor
-// tells is 0. Nothing if no row recognises it.
+// tells is 0. Nothing if no row recognises it; a preview of RWKV-5, which is no version of the
+// table, is told as "rwkv5.0 or rwkv5.1".
 std::optional<ModelConfig> describe_shapes(const TensorShapes& shapes);
 
 // ---- The rows, and what they are written with -------------------------------------------------

@@ -15,6 +15,7 @@
 
 #include "model/ops/cpu_sums.h"
 #include "model/ops/cpu_vector.h"
+#include "model/ops/state_rows.h"
 #include "model/ops/wkv6.h"
 
 namespace rwkv::ops {
@@ -25,61 +26,7 @@ using OptionalTensor = std::optional<at::Tensor>;
 // Tokens from one saved state to the next.
 constexpr int64_t kChunkLen = 16;
 
-struct Sizes {
-  int64_t batch_size, seq_len, num_heads, head_size;
-  int64_t n_embd() const { return num_heads * head_size; }
-  int64_t num_chunks() const { return (seq_len + kChunkLen - 1) / kChunkLen; }
-};
-
-// A row of a head in scratch memory is whole vectors, of any instruction set: 64 bytes.
-template <typename Scalar>
-int64_t padded(int64_t head_size) {
-  constexpr auto kLine = static_cast<int64_t>(64 / sizeof(Scalar));
-  return (head_size + kLine - 1) / kLine * kLine;
-}
-
-// Scratch memory of a thread, handed out in rows of one padded size, all zero.
-template <typename Scalar>
-class Scratch {
- public:
-  Scratch(int64_t num_rows, int64_t row_size)
-      : memory_(at::zeros({num_rows * row_size}, c10::CppTypeToScalarType<Scalar>::value)),
-        row_size_(row_size) {}
-  Scalar* rows(int64_t count) {
-    Scalar* const result = memory_.mutable_data_ptr<Scalar>() + used_ * row_size_;
-    used_ += count;
-    return result;
-  }
-
- private:
-  at::Tensor memory_;
-  int64_t row_size_;
-  int64_t used_ = 0;
-};
-
-// A head's channels of a token, as numbers; the padding stays zero.
-template <typename Vector, typename Element>
-RWKV_INLINE void load_row(LaneOf<Vector>* to, const Element* from, int64_t head_size) {
-  for_each_vector<Vector>(head_size, [&](int64_t c, int64_t count) RWKV_INLINE_LAMBDA {
-    store_lanes(to + c, load_lanes<Vector>(from + c, count));
-  });
-}
-template <typename Vector, typename Element>
-RWKV_INLINE void store_row(Element* to, const LaneOf<Vector>* from, int64_t head_size) {
-  for_each_vector<Vector>(head_size, [&](int64_t c, int64_t count) RWKV_INLINE_LAMBDA {
-    store_lanes(to + c, load_lanes<Vector>(from + c), count);
-  });
-}
-
-// Between a dense [N, N] and the transpose in rows of padded size.
-template <typename Scalar>
-RWKV_INLINE void load_transposed(Scalar* to, const Scalar* from, int64_t size, int64_t stride) {
-  for (int64_t i = 0; i < size; ++i) {
-    for (int64_t j = 0; j < size; ++j) {
-      to[j * stride + i] = from[i * size + j];
-    }
-  }
-}
+// load_transposed's way back.
 template <typename Scalar>
 RWKV_INLINE void store_transposed(Scalar* to, const Scalar* from, int64_t size, int64_t stride) {
   for (int64_t i = 0; i < size; ++i) {
@@ -129,21 +76,14 @@ struct HeadForward {
 
 template <typename Vector, typename Element, typename Scalar>
 RWKV_INLINE void forward_head(const HeadForward<Element, Scalar>& head,
-                              const Sizes& sizes,
+                              const HeadSizes& sizes,
                               Scratch<Scalar> scratch) {
   const int64_t N = sizes.head_size, stride = padded<Scalar>(N), step = sizes.n_embd();
   const Inputs<Element, Scalar>& in = head.in;
   Scalar* const S = scratch.rows(N);
   Scalar *const r = scratch.rows(1), *const k = scratch.rows(1), *const v = scratch.rows(1),
                 *const w = scratch.rows(1), *const y = scratch.rows(1);
-  for (int64_t i = 0; i < N; ++i) {
-    load_row<Vector>(S + i * stride, head.state_in + i * N, N);
-  }
-  const auto store_state = [&](Scalar* to) RWKV_INLINE_LAMBDA {
-    for (int64_t i = 0; i < N; ++i) {
-      store_row<Vector>(to + i * N, S + i * stride, N);
-    }
-  };
+  load_matrix<Vector>(S, head.state_in, N, stride);
   load_decay<Vector, Element, Scalar>(w, nullptr, in, 0, N);
   for (int64_t t = 0; t < sizes.seq_len; ++t) {
     const int64_t at = t * step;
@@ -151,7 +91,7 @@ RWKV_INLINE void forward_head(const HeadForward<Element, Scalar>& head,
       std::fill_n(S, N * stride, Scalar{});
     }
     if (head.states != nullptr && t % kChunkLen == 0) {
-      store_state(head.states + t / kChunkLen * N * N);
+      store_matrix<Vector>(head.states + t / kChunkLen * N * N, S, N, stride);
     }
     load_row<Vector>(r, in.r + at, N);
     load_row<Vector>(k, in.k + at, N);
@@ -176,7 +116,7 @@ RWKV_INLINE void forward_head(const HeadForward<Element, Scalar>& head,
     }
     store_row<Vector>(head.y + at, y, N);
   }
-  store_state(head.state_out);
+  store_matrix<Vector>(head.state_out, S, N, stride);
 }
 
 // ---- Backward -----------------------------------------------------------------------------------
@@ -193,7 +133,7 @@ struct HeadBackward {
 
 template <typename Vector, typename Element, typename Scalar>
 RWKV_INLINE void backward_head(const HeadBackward<Element, Scalar>& head,
-                               const Sizes& sizes,
+                               const HeadSizes& sizes,
                                Scratch<Scalar> scratch) {
   const int64_t N = sizes.head_size, stride = padded<Scalar>(N), step = sizes.n_embd();
   const Inputs<Element, Scalar>& in = head.in;
@@ -292,26 +232,12 @@ RWKV_INLINE void backward_head(const HeadBackward<Element, Scalar>& head,
 
 // ---- Tensors to pointers ------------------------------------------------------------------------
 
-template <typename Element>
-const Element* data_of(const at::Tensor& tensor) {
-  return static_cast<const Element*>(tensor.const_data_ptr());
-}
-template <typename Element>
-Element* mutable_data_of(const at::Tensor& tensor) {
-  return static_cast<Element*>(tensor.mutable_data_ptr());
-}
-// Null stays null.
-template <typename Pointer>
-Pointer* moved(Pointer* pointer, int64_t by) {
-  return pointer == nullptr ? nullptr : pointer + by;
-}
-
 struct InputTensors {
   const at::Tensor& r;
   const OptionalTensor& w_raw;
   const at::Tensor &k, &v, &w0, &u;
   const OptionalTensor& starts;
-  Sizes sizes;
+  HeadSizes sizes;
 };
 
 // Calls `work(a vector, number of the head, inputs, index of the first channel)` for each head of
@@ -319,7 +245,7 @@ struct InputTensors {
 template <typename Element, typename Work>
 void for_each_head(const InputTensors& in, const Work& work) {
   using Scalar = ScalarOf<Element>;
-  const Sizes& sizes = in.sizes;
+  const HeadSizes& sizes = in.sizes;
   const auto *r = data_of<Element>(in.r), *k = data_of<Element>(in.k), *v = data_of<Element>(in.v);
   const auto* w_raw = in.w_raw ? data_of<Element>(*in.w_raw) : nullptr;
   const auto *w0 = data_of<Scalar>(in.w0), *u = data_of<Scalar>(in.u);
@@ -349,7 +275,7 @@ void forward(const InputTensors& in,
              const at::Tensor& state_out_BHNN,
              const at::Tensor& states) {
   using Scalar = ScalarOf<Element>;
-  const Sizes& sizes = in.sizes;
+  const HeadSizes& sizes = in.sizes;
   const int64_t N = sizes.head_size;
   const auto* state_in = data_of<Scalar>(state_BHNN);
   auto* y = mutable_data_of<Element>(y_BTC);
@@ -384,7 +310,7 @@ void backward(const InputTensors& in,
               const OptionalTensor& dstate_out_BHNN,
               const Gradients& out) {
   using Scalar = ScalarOf<Element>;
-  const Sizes& sizes = in.sizes;
+  const HeadSizes& sizes = in.sizes;
   const int64_t N = sizes.head_size;
   const auto* saved = data_of<Scalar>(states);
   const auto* dy = data_of<Element>(dy_BTC);
@@ -416,13 +342,6 @@ void backward(const InputTensors& in,
           });
 }
 
-Sizes sizes_of(const at::Tensor& r_BTC, int64_t num_heads) {
-  return {.batch_size = r_BTC.size(0),
-          .seq_len = r_BTC.size(1),
-          .num_heads = num_heads,
-          .head_size = r_BTC.size(2) / num_heads};
-}
-
 std::tuple<at::Tensor, at::Tensor, at::Tensor> wkv6_cpu(const at::Tensor& r_BTC,
                                                         const OptionalTensor& w_raw_BTC,
                                                         const at::Tensor& k_BTC,
@@ -432,7 +351,7 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor> wkv6_cpu(const at::Tensor& r_BTC,
                                                         const at::Tensor& state_BHNN,
                                                         const OptionalTensor& starts_BT,
                                                         bool for_backward) {
-  const Sizes sizes = sizes_of(r_BTC, state_BHNN.size(1));
+  const HeadSizes sizes = head_sizes_of(r_BTC, state_BHNN.size(1), kChunkLen);
   const at::TensorOptions exact = state_BHNN.options().requires_grad(false);
   const at::Tensor y_BTC = at::empty_like(r_BTC);
   const at::Tensor state_out_BHNN = at::empty(state_BHNN.sizes(), exact);
@@ -464,7 +383,7 @@ wkv6_backward_cpu(const at::Tensor& r_BTC,
                   const OptionalTensor& starts_BT,
                   const at::Tensor& dy_BTC,
                   const OptionalTensor& dstate_out_BHNN) {
-  const Sizes sizes = sizes_of(r_BTC, states.size(1));
+  const HeadSizes sizes = head_sizes_of(r_BTC, states.size(1), kChunkLen);
   const Gradients out{
       .dr = at::empty_like(r_BTC),
       .dw_raw = w_raw_BTC ? at::empty_like(r_BTC) : at::empty({0}, r_BTC.options()),

@@ -20,6 +20,7 @@
 
 #include "model/ops/cpu_sums.h"
 #include "model/ops/cpu_vector.h"
+#include "model/ops/state_rows.h"
 #include "model/ops/wkv7.h"
 
 namespace rwkv::ops {
@@ -32,53 +33,7 @@ constexpr int64_t kStepsBack = 8;
 // log(w) = -kMostDecay sigmoid(...): e^{-1/2}.
 constexpr double kMostDecay = 0.60653065971263342;
 
-struct Sizes {
-  int64_t batch_size, seq_len, num_heads, head_size;
-  int64_t n_embd() const { return num_heads * head_size; }
-  int64_t num_chunks() const { return (seq_len + kChunkLen - 1) / kChunkLen; }
-};
-
-// A row of a head in scratch memory is whole vectors, of any instruction set: 64 bytes.
-template <typename Scalar>
-int64_t padded(int64_t head_size) {
-  constexpr auto kLine = static_cast<int64_t>(64 / sizeof(Scalar));
-  return (head_size + kLine - 1) / kLine * kLine;
-}
-
-// Scratch memory of a thread, handed out in rows of one padded size, all zero.
-template <typename Scalar>
-class Scratch {
- public:
-  Scratch(int64_t num_rows, int64_t row_size)
-      : memory_(at::zeros({num_rows * row_size}, c10::CppTypeToScalarType<Scalar>::value)),
-        row_size_(row_size) {}
-  Scalar* rows(int64_t count) {
-    Scalar* const result = memory_.mutable_data_ptr<Scalar>() + used_ * row_size_;
-    used_ += count;
-    return result;
-  }
-
- private:
-  at::Tensor memory_;
-  int64_t row_size_;
-  int64_t used_ = 0;
-};
-
 // ---- Rows ---------------------------------------------------------------------------------------
-
-// A head's channels of a token, as numbers; the padding stays zero.
-template <typename Vector, typename Element>
-RWKV_INLINE void load_row(LaneOf<Vector>* to, const Element* from, int64_t head_size) {
-  for_each_vector<Vector>(head_size, [&](int64_t c, int64_t count) RWKV_INLINE_LAMBDA {
-    store_lanes(to + c, load_lanes<Vector>(from + c, count));
-  });
-}
-template <typename Vector, typename Element>
-RWKV_INLINE void store_row(Element* to, const LaneOf<Vector>* from, int64_t head_size) {
-  for_each_vector<Vector>(head_size, [&](int64_t c, int64_t count) RWKV_INLINE_LAMBDA {
-    store_lanes(to + c, load_lanes<Vector>(from + c), count);
-  });
-}
 
 template <typename Vector>
 RWKV_INLINE Vector decay_gate(Vector w0, Vector w_raw) {
@@ -101,28 +56,6 @@ RWKV_INLINE void load_decay(LaneOf<Vector>* to,
 }
 
 // ---- Matrices -----------------------------------------------------------------------------------
-
-// Between a dense [N, N] and rows of padded size.
-template <typename Vector, typename Scalar>
-RWKV_INLINE void load_matrix(Scalar* to, const Scalar* from, int64_t size, int64_t stride) {
-  for (int64_t i = 0; i < size; ++i) {
-    load_row<Vector>(to + i * stride, from + i * size, size);
-  }
-}
-template <typename Vector, typename Scalar>
-RWKV_INLINE void store_matrix(Scalar* to, const Scalar* from, int64_t size, int64_t stride) {
-  for (int64_t i = 0; i < size; ++i) {
-    store_row<Vector>(to + i * size, from + i * stride, size);
-  }
-}
-template <typename Scalar>
-RWKV_INLINE void load_transposed(Scalar* to, const Scalar* from, int64_t size, int64_t stride) {
-  for (int64_t i = 0; i < size; ++i) {
-    for (int64_t j = 0; j < size; ++j) {
-      to[j * stride + i] = from[i * size + j];
-    }
-  }
-}
 
 // One token's way through a matrix M of `size` rows:
 //   M[j] = M[j] decay[j] + first_value first_key[j] + second_value second_key[j]
@@ -193,7 +126,7 @@ struct HeadForward {
 
 template <typename Vector, typename Element, typename Scalar>
 RWKV_INLINE void forward_head(const HeadForward<Element, Scalar>& head,
-                              const Sizes& sizes,
+                              const HeadSizes& sizes,
                               Scratch<Scalar> scratch) {
   const int64_t N = sizes.head_size, stride = padded<Scalar>(N), step = sizes.n_embd();
   const Inputs<Element, Scalar>& in = head.in;
@@ -323,7 +256,7 @@ RWKV_INLINE void go_back_by_keys(
 template <typename Scalar>
 class Marks {
  public:
-  Marks(const Sizes& sizes, const bool* starts, int64_t begin, int64_t end)
+  Marks(const HeadSizes& sizes, const bool* starts, int64_t begin, int64_t end)
       : size_(sizes.head_size * padded<Scalar>(sizes.head_size)), begin_(begin) {
     int64_t count = 0;
     for (int64_t t = begin; t < end; ++t) {
@@ -348,7 +281,7 @@ class Marks {
 // Walks a chunk forward and keeps the marked states.
 template <typename Vector, typename Element, typename Scalar>
 RWKV_INLINE void keep_marks(const HeadBackward<Element, Scalar>& head,
-                            const Sizes& sizes,
+                            const HeadSizes& sizes,
                             Scalar* S,
                             const TokenRows<Scalar>& x,
                             int64_t begin,
@@ -395,7 +328,7 @@ RWKV_INLINE void store_gradients(const HeadBackward<Element, Scalar>& head,
 
 template <typename Vector, typename Element, typename Scalar>
 RWKV_INLINE void backward_head(const HeadBackward<Element, Scalar>& head,
-                               const Sizes& sizes,
+                               const HeadSizes& sizes,
                                Scratch<Scalar> scratch) {
   const int64_t N = sizes.head_size, stride = padded<Scalar>(N), step = sizes.n_embd();
   const bool* const starts = head.in.starts;
@@ -501,19 +434,10 @@ RWKV_INLINE void backward_head(const HeadBackward<Element, Scalar>& head,
 
 // ---- Tensors to pointers ------------------------------------------------------------------------
 
-template <typename Element>
-const Element* data_of(const at::Tensor& tensor) {
-  return static_cast<const Element*>(tensor.const_data_ptr());
-}
-template <typename Element>
-Element* mutable_data_of(const at::Tensor& tensor) {
-  return static_cast<Element*>(tensor.mutable_data_ptr());
-}
-
 struct InputTensors {
   const at::Tensor &r, &w_raw, &k, &v, &a, &b, &w0;
   const std::optional<at::Tensor>& starts;
-  Sizes sizes;
+  HeadSizes sizes;
 };
 
 // Calls `work(a vector, row, head, inputs, index of the first channel)` for each head of each batch
@@ -521,7 +445,7 @@ struct InputTensors {
 template <typename Element, typename Work>
 void for_each_head(const InputTensors& in, const Work& work) {
   using Scalar = ScalarOf<Element>;
-  const Sizes& sizes = in.sizes;
+  const HeadSizes& sizes = in.sizes;
   const auto *r = data_of<Element>(in.r), *w_raw = data_of<Element>(in.w_raw),
              *k = data_of<Element>(in.k), *v = data_of<Element>(in.v), *a = data_of<Element>(in.a),
              *b = data_of<Element>(in.b);
@@ -531,15 +455,14 @@ void for_each_head(const InputTensors& in, const Work& work) {
     for (int64_t number = begin; number < end; ++number) {
       const int64_t row = number / sizes.num_heads, head = number % sizes.num_heads;
       const int64_t at = row * sizes.seq_len * sizes.n_embd() + head * sizes.head_size;
-      const Inputs<Element, Scalar> inputs{
-          .r = r + at,
-          .w_raw = w_raw + at,
-          .k = k + at,
-          .v = v + at,
-          .a = a + at,
-          .b = b + at,
-          .w0 = w0 + head * sizes.head_size,
-          .starts = starts == nullptr ? nullptr : starts + row * sizes.seq_len};
+      const Inputs<Element, Scalar> inputs{.r = r + at,
+                                           .w_raw = w_raw + at,
+                                           .k = k + at,
+                                           .v = v + at,
+                                           .a = a + at,
+                                           .b = b + at,
+                                           .w0 = w0 + head * sizes.head_size,
+                                           .starts = moved(starts, row * sizes.seq_len)};
       with_vectors<Scalar>([&](auto vector)
                                RWKV_INLINE_LAMBDA { work(vector, row, head, inputs, at); });
     }
@@ -554,7 +477,7 @@ void forward(const InputTensors& in,
              const at::Tensor& u_BTC,
              const at::Tensor& states) {
   using Scalar = ScalarOf<Element>;
-  const Sizes& sizes = in.sizes;
+  const HeadSizes& sizes = in.sizes;
   const int64_t N = sizes.head_size;
   const auto* state_in = data_of<Scalar>(state_BHNN);
   auto* y = mutable_data_of<Element>(y_BTC);
@@ -573,9 +496,8 @@ void forward(const InputTensors& in,
                     .state_in = state_in + number * N * N,
                     .y = y + at,
                     .state_out = state_out + number * N * N,
-                    .u = u == nullptr ? nullptr : u + at,
-                    .states =
-                        saved == nullptr ? nullptr : saved + number * sizes.num_chunks() * N * N},
+                    .u = moved(u, at),
+                    .states = moved(saved, number * sizes.num_chunks() * N * N)},
                 sizes,
                 Scratch<Scalar>(N + 9, padded<Scalar>(N)));
           });
@@ -594,7 +516,7 @@ void backward(const InputTensors& in,
               const std::optional<at::Tensor>& dstate_out_BHNN,
               const Gradients& out) {
   using Scalar = ScalarOf<Element>;
-  const Sizes& sizes = in.sizes;
+  const HeadSizes& sizes = in.sizes;
   const int64_t N = sizes.head_size;
   const auto *u = data_of<Scalar>(u_BTC), *saved = data_of<Scalar>(states);
   const auto* dy = data_of<Element>(dy_BTC);
@@ -611,30 +533,22 @@ void backward(const InputTensors& in,
           RWKV_INLINE_LAMBDA {
             const int64_t number = row * sizes.num_heads + head;
             backward_head<Vector>(
-                HeadBackward<Element, Scalar>{
-                    .in = inputs,
-                    .u = u + at,
-                    .states = saved + number * sizes.num_chunks() * N * N,
-                    .dy = dy + at,
-                    .dstate_out = dstate_out == nullptr ? nullptr : dstate_out + number * N * N,
-                    .dr = dr + at,
-                    .dw_raw = dw_raw + at,
-                    .dk = dk + at,
-                    .dv = dv + at,
-                    .da = da + at,
-                    .db = db + at,
-                    .dw0 = dw0 + number * N,
-                    .dstate_in = dstate_in + number * N * N},
+                HeadBackward<Element, Scalar>{.in = inputs,
+                                              .u = u + at,
+                                              .states = saved + number * sizes.num_chunks() * N * N,
+                                              .dy = dy + at,
+                                              .dstate_out = moved(dstate_out, number * N * N),
+                                              .dr = dr + at,
+                                              .dw_raw = dw_raw + at,
+                                              .dk = dk + at,
+                                              .dv = dv + at,
+                                              .da = da + at,
+                                              .db = db + at,
+                                              .dw0 = dw0 + number * N,
+                                              .dstate_in = dstate_in + number * N * N},
                 sizes,
                 Scratch<Scalar>(3 * N + 18, padded<Scalar>(N)));
           });
-}
-
-Sizes sizes_of(const at::Tensor& r_BTC, int64_t num_heads) {
-  return {.batch_size = r_BTC.size(0),
-          .seq_len = r_BTC.size(1),
-          .num_heads = num_heads,
-          .head_size = r_BTC.size(2) / num_heads};
 }
 
 std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor> wkv7_cpu(
@@ -648,7 +562,7 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor> wkv7_cpu(
     const at::Tensor& state_BHNN,
     const std::optional<at::Tensor>& starts_BT,
     bool for_backward) {
-  const Sizes sizes = sizes_of(r_BTC, state_BHNN.size(1));
+  const HeadSizes sizes = head_sizes_of(r_BTC, state_BHNN.size(1), kChunkLen);
   const at::TensorOptions exact = state_BHNN.options().requires_grad(false);
   const at::Tensor y_BTC = at::empty_like(r_BTC);
   at::Tensor u_BTC = at::empty({0}, exact), states = at::empty({0}, exact);
@@ -691,7 +605,7 @@ wkv7_backward_cpu(const at::Tensor& r_BTC,
                   const std::optional<at::Tensor>& starts_BT,
                   const at::Tensor& dy_BTC,
                   const std::optional<at::Tensor>& dstate_out_BHNN) {
-  const Sizes sizes = sizes_of(r_BTC, states.size(1));
+  const HeadSizes sizes = head_sizes_of(r_BTC, states.size(1), kChunkLen);
   const Gradients out{
       .dr = at::empty_like(r_BTC),
       .dw_raw = at::empty_like(r_BTC),

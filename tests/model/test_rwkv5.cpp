@@ -7,6 +7,8 @@
 #include <gtest/gtest.h>
 
 #include "model/formats/format_registry.h"
+#include "model/ops/wkv6.h"
+#include "model/rwkv5.h"
 #include "model/rwkv_model.h"
 #include "model/version_shapes.h"
 #include "model/weights.h"
@@ -31,21 +33,68 @@ RwkvModel model_of(const std::map<std::string, at::Tensor>& tensors, ModelConfig
   return model;
 }
 
+// Of rwkv.cpp's tiny models, which want an epsilon of their own.
+ModelConfig tiny_config() {
+  return {.version = "rwkv5",
+          .n_layer = 12,
+          .n_embd = 64,
+          .dim_ffn = 256,
+          .head_size = 8,
+          .group_norm_eps = 1e-5,
+          .vocab_size = 256};
+}
+
 TEST(Rwkv5Logits, MatchRwkvCppOnItsTinyModel) {
   const std::string path = test::find_test_data("rwkv_cpp_tiny/tiny-rwkv-5v2-730K-FP32.bin");
   SKIP_WITHOUT(path);
   auto tensors = test::load_rwkv_cpp(path);
   test::undo_rwkv5_transforms(tensors);
-  test::expect_tiny_model(model_of(tensors,
-                                   {.version = "rwkv5",
-                                    .n_layer = 12,
-                                    .n_embd = 64,
-                                    .dim_ffn = 256,
-                                    .head_size = 8,
-                                    .group_norm_eps = 1e-5,
-                                    .vocab_size = 256}),
-                          "5v2-730K",
-                          'p');
+  test::expect_tiny_model(model_of(tensors, tiny_config()), "5v2-730K", 'p');
+}
+
+// 5.1 as rwkv.cpp counts: one decay and one bonus for each head, and no gate. No file of it can be
+// opened; that the op and the parts of 5.2 compute it as well is one more witness for them.
+struct TimeMix51 : Rwkv5TimeMix {
+  using Rwkv5TimeMix::Rwkv5TimeMix;
+  TimeMixOutput forward(const TimeMixInput& input) override {
+    const ops::Wkv6Output wkv = ops::wkv6({.r_BTC = receptance(input.mixed_J[2]),
+                                           .w_raw_BTC = {},
+                                           .k_BTC = key(input.mixed_J[0]),
+                                           .v_BTC = value(input.mixed_J[1])},
+                                          time_decay.flatten(),
+                                          time_faaaa.flatten(),
+                                          input.wkv);
+    const at::Tensor y_MA =
+        at::group_norm(wkv.y_BTC.flatten(0, 1), time_faaaa.size(0), ln_x->weight, ln_x->bias, 1e-5);
+    return {.y_BTC = output(y_MA.view_as(wkv.y_BTC)), .wkv = wkv.state_BHNN};
+  }
+};
+
+TEST(Rwkv5Logits, MatchRwkvCppOnItsTinyModelOf51) {
+  const std::string path = test::find_test_data("rwkv_cpp_tiny/tiny-rwkv-5v1-730K-FP32.bin");
+  SKIP_WITHOUT(path);
+  auto tensors = test::load_rwkv_cpp(path);
+  test::undo_rwkv5_transforms(tensors);
+  const ModelConfig config = tiny_config();
+  for (int64_t layer = 0; layer < config.n_layer; ++layer) {
+    const std::string att = "blocks." + std::to_string(layer) + ".att.";
+    for (const char* name : {"time_decay", "time_faaaa"}) {
+      tensors[att + name] = tensors[att + name].expand({8, 8});
+    }
+    tensors[att + "time_mix_g"] = at::zeros({64});
+    tensors[att + "gate.weight"] = at::zeros({64, 64});
+  }
+  RwkvModel model = model_of(tensors, config);
+  for (const auto& child : model->named_children()["blocks"]->children()) {
+    auto* const block = child->as<BlockImpl>();
+    const auto att = std::make_shared<TimeMix51>(model->config());
+    const at::NoGradGuard no_grad;
+    for (auto& item : att->named_parameters()) {
+      item.value().copy_(block->att->named_parameters()[item.key()]);
+    }
+    block->att = att;
+  }
+  test::expect_tiny_model(model, "5v1-730K", 'p');
 }
 
 // ---- Initial values and classes
@@ -160,11 +209,16 @@ TEST_F(Rwkv5File, WithHeadsThatDoNotDivideSaysSo) {
   EXPECT_THAT(error(), testing::HasSubstr("heads of 15 channels, expected a divisor of the 32"));
 }
 // The previews had one decay a head: nothing here computes them.
-TEST_F(Rwkv5File, OfAPreviewIsOfNoKnownVersion) {
+TEST_F(Rwkv5File, OfAPreviewIsRefusedByItsName) {
   for (const char* block : {"blocks.0.", "blocks.1.", "blocks.2."}) {
     tensors_[block + std::string("att.time_decay")] = at::zeros({2});
   }
-  EXPECT_THAT(error(), testing::HasSubstr("no RWKV version known here"));
+  EXPECT_THAT(error(),
+              testing::HasSubstr("is rwkv5.0 or rwkv5.1, previews with one decay for each head"));
+  const auto told = describe_shapes(shapes_of(read_weights(folder_.path("changed.safetensors"))));
+  ASSERT_TRUE(told);
+  EXPECT_EQ(told->version, "rwkv5.0 or rwkv5.1");
+  EXPECT_EQ(told->n_embd, 32);
 }
 
 }  // namespace

@@ -25,9 +25,10 @@ struct Synthetic {
   const char* logits;
   int64_t length;
   double loss;
-  // Relative L2 error of a bf16 model's logits. These weights of RWKV-6 turn rounding into three
-  // times the error that the others do, in fp32, too: its mixes depend on the data.
-  double bf16_error = 0.03;
+  // Relative L2 error of these logits when plain Torch computes them in bf16, the wkv recurrence in
+  // fp32. RWKV-6's mixes depend on the data, and pass rounding on: over 64 other sequences plain
+  // Torch is off by 0.032 there and the model by 0.031.
+  double plain_bf16_error;
 };
 void PrintTo(const Synthetic& synthetic, std::ostream* out) {
   *out << synthetic.version;
@@ -38,26 +39,29 @@ constexpr Synthetic kSynthetic[] = {
      "tokens_i32_2x21.bin",
      "logits_f64_2x20x48.bin",
      20,
-     4.246744724592618},
+     4.246744724592618,
+     0.0093},
     {"rwkv5",
      "rwkv567_synthetic/v52_",
      "tokens_i32_2x17.bin",
      "logits_f64_2x16x48.bin",
      16,
-     4.340397897140612},
+     4.340397897140612,
+     0.0152},
     {"rwkv6",
      "rwkv567_synthetic/v6_",
      "tokens_i32_2x17.bin",
      "logits_f64_2x16x48.bin",
      16,
      4.510141545967617,
-     0.06},
+     0.0325},
     {"rwkv7",
      "rwkv567_synthetic/v7_",
      "tokens_i32_2x17.bin",
      "logits_f64_2x16x48.bin",
      16,
-     4.21730087411944},
+     4.21730087411944,
+     0.0214},
 };
 
 struct Batch2D {
@@ -113,7 +117,7 @@ TEST_P(Versions, LogitsMatchFloat64) {
   EXPECT_TRUE(test::close_max(logits_of(open(at::kFloat), batch_.inputs_BT), expected, 2e-5));
   EXPECT_TRUE(test::close_max(logits_of(open(at::kDouble), batch_.inputs_BT), expected, 1e-13));
   EXPECT_TRUE(test::close_l2(
-      logits_of(open(at::kBFloat16), batch_.inputs_BT), expected, GetParam().bf16_error));
+      logits_of(open(at::kBFloat16), batch_.inputs_BT), expected, 2 * GetParam().plain_bf16_error));
 }
 
 TEST_P(Versions, EveryGradientMatchesFloat64) {

@@ -67,7 +67,6 @@ RunConfig full_config() {
              .dim_att = 192,
              .dim_ffn = 512,
              .head_size = 64,
-             .group_norm_eps = 1e-5,
              .vocab_size = 65536,
              .ctx_len = 32};
   c.data = {.train = "corpora/a \"b\"",
