@@ -101,12 +101,30 @@ State RwkvModelImpl::initial_state(int64_t batch_size) const {
   const at::TensorOptions exact =
       activations.dtype(dtype() == at::kDouble ? at::kDouble : at::kFloat);
   State state;
+  for (const LayerState& row : initial_row_.layers) {
+    state.layers.push_back(
+        {.att_shift_BC = row.att_shift_BC.to(activations).repeat({batch_size, 1}),
+         .ffn_shift_BC = row.ffn_shift_BC.to(activations).repeat({batch_size, 1}),
+         .wkv = at::cat(std::vector(static_cast<size_t>(batch_size), row.wkv.to(exact)))});
+  }
+  if (!state.layers.empty()) {
+    return state;
+  }
   for (int64_t layer = 0; layer < config_.n_layer; ++layer) {
     state.layers.push_back({.att_shift_BC = at::zeros({batch_size, config_.n_embd}, activations),
                             .ffn_shift_BC = at::zeros({batch_size, config_.n_embd}, activations),
                             .wkv = version_->initial_wkv(config_, batch_size, exact)});
   }
   return state;
+}
+
+void RwkvModelImpl::set_initial_state(const State& row) {
+  TORCH_CHECK(static_cast<int64_t>(row.layers.size()) == config_.n_layer,
+              "the state has ",
+              row.layers.size(),
+              " layers but the model has ",
+              config_.n_layer);
+  initial_row_ = row.detach();
 }
 
 void RwkvModelImpl::set_dtype(at::ScalarType dtype) {

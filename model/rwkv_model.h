@@ -59,6 +59,8 @@ class RwkvModelImpl : public torch::nn::Module {
                   double l2wrap);
 
   State initial_state(int64_t batch_size) const;
+  // Every sequence starts from `row`, a state of one batch row, from now on: constant, not trained.
+  void set_initial_state(const State& row);
 
   // Makes the weights bf16 (at::kBFloat16), fp32 or fp64; those whose traits say so stay fp32 in a
   // bf16 model.
@@ -86,6 +88,7 @@ class RwkvModelImpl : public torch::nn::Module {
   ModelConfig config_;
   const ModelVersion* version_;
   Recompute recompute_ = Recompute::kNone;
+  State initial_row_;  // no layers: nothing read yet
   Matrix emb_;
   std::vector<Block> blocks_;
   LayerNorm ln_out_;

@@ -88,6 +88,10 @@ ConfigSection init_section(InitConfig& i) {
                                      {"mean", VocabGrowth::kMean},
                                      {"zero", VocabGrowth::kZero}}),
                "new rows of emb and head: the mean of the old, or zero; refuse: an error"},
+              {"state",
+               &i.state,
+               "file of the state that every sequence starts from; absent: none",
+               kMayDiffer},
           }};
 }
 
@@ -278,7 +282,8 @@ void validate_names(const DataConfig& data, const InitConfig& init) {
   require_given("data.train", data.train, "the prefix of a .bin and .idx pair");
   for (const auto& [key, value] : {std::pair("data.validation", data.validation),
                                    std::pair("data.tokenizer", data.tokenizer),
-                                   std::pair("init.from", init.from)}) {
+                                   std::pair("init.from", init.from),
+                                   std::pair("init.state", init.state)}) {
     if (value && value->empty()) {
       reject_value(key, "\"\"", "is empty; name it, or leave the key out");
     }

@@ -40,6 +40,9 @@ struct InitConfig {
   std::vector<std::string> allow_missing = {};
   std::vector<std::string> allow_unexpected = {};
   VocabGrowth vocab_growth = VocabGrowth::kRefuse;
+  // A file with the state that every sequence starts from, in training, validation and samples
+  // (model/state_file.h). Absent: nothing read yet.
+  std::optional<std::string> state = {};
   bool operator==(const InitConfig&) const = default;
 };
 
@@ -172,11 +175,11 @@ struct ResumePoint {
 // and saving may differ: run_dir, device, cuda_graph, recompute, threads, [distributed] and
 // micro_batch_size
 // (whose change can change the last bits), skip_outliers_z (or a run that skips all could not go
-// on), total_minutes, what is logged, saved, kept and sampled
-// how often, data.validation and data.tokenizer. So may paths: data.train, whose content the
-// trainer compares, and init.from, which is not read again. So may the length of the run, as long
-// as the learning rate up to the resume point stays what it was: with a constant rate, with
-// warmup_stable_decay before its decay, with any kind during warm-up.
+// on), total_minutes, what is logged, saved, kept and
+// sampled how often, data.validation and data.tokenizer. So may paths: data.train and init.state,
+// whose content the trainer compares, and init.from, which is not read again. So may the length of
+// the run, as long as the learning rate up to the resume point stays what it was: with a constant
+// rate, with warmup_stable_decay before its decay, with any kind during warm-up.
 void check_matches_checkpoint(const RunConfig& now,
                               const RunConfig& saved,
                               const ResumePoint& resume);

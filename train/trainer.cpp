@@ -108,6 +108,20 @@ void check_same_corpus(const BinidxFile& corpus,
   require_tokenizer_of(read_weights(checkpoint), corpus);
 }
 
+// Losses from another state than before are those of another run.
+void check_same_initial_state(const std::string& now,
+                              const std::string& saved,
+                              const std::string& checkpoint) {
+  const auto described = [](const std::string& hash) {
+    return hash.empty() ? std::string("none") : "one with the checksum " + hash;
+  };
+  if (now != saved) {
+    throw std::invalid_argument("init.state: " + checkpoint + " began every sequence from " +
+                                described(saved) + ", now it is " + described(now) +
+                                "; name the file that the run began with, or begin a new run");
+  }
+}
+
 void say_saved(const std::optional<SavedCheckpoint>& saved, RunLog* log) {
   if (saved && log != nullptr) {
     log->say(describe(*saved));
@@ -254,6 +268,11 @@ void Trainer::prepare(std::optional<int64_t> before_step) {
     make_initial_weights();
   }
   started_step_ = state_.step;
+  const std::string initial_state = set_initial_state(model_, config_.init);
+  if (checkpoint) {
+    check_same_initial_state(initial_state, state_.initial_state, *checkpoint);
+  }
+  state_.initial_state = initial_state;
   freeze_parameters(model_, config_.optimizer.freeze);
   move_to_device(model_, device_);
   model_->set_recompute(config_.train.recompute);

@@ -96,7 +96,8 @@ RunConfig full_config() {
   c.init = {.from = "released.pth",
             .allow_missing = {"head.weight"},
             .allow_unexpected = {"blocks.*.att.v0", "x"},
-            .vocab_growth = VocabGrowth::kMean};
+            .vocab_growth = VocabGrowth::kMean,
+            .state = "start.pth"};
   c.sample = {.every_steps = 9,
               .prompt = "In the\n\"beginning\"",
               .length = 17,
@@ -318,6 +319,7 @@ INSTANTIATE_TEST_SUITE_P(
         BadValue{"optimizer.beta2=nan", "optimizer.beta2 = nan: "},
         BadValue{"optimizer.eps=0", "optimizer.eps = 0.0: must be a finite number above 0"},
         BadValue{"optimizer.weight_decay=-1", "optimizer.weight_decay = -1.0: "},
+        BadValue{"init.state=\"\"", "init.state = \"\": is empty"},
         BadValue{"train.skip_outliers_z=0", "train.skip_outliers_z = 0.0: must be a finite"},
         BadValue{"optimizer.clip_norm=-1", "optimizer.clip_norm = -1.0: "},
         BadValue{"schedule.lr_init=-1", "schedule.lr_init = -1.0: "},
@@ -471,6 +473,7 @@ TEST(RunConfigResume, LetsHowTheRunIsHandledDiffer) {
   now.data.validation.reset();
   now.data.tokenizer.reset();
   now.init.from = "moved.pth";
+  now.init.state = "moved.st";
   now.train.total_minutes = 3;
   now.train.save_every_minutes = 4;
   now.train.keep_every_steps = 5;
@@ -503,6 +506,7 @@ TEST(RunConfigResume, EveryOtherKeyMustMatch) {
   std::vector<std::string> keys = keys_of(to_toml(saved));
   for (const char* key : {"data.train",
                           "init.from",
+                          "init.state",
                           "data.validation",
                           "data.tokenizer",
                           "train.run_dir",
