@@ -159,6 +159,10 @@ ConfigSection train_section(TrainConfig& t) {
            kMayDiffer},
           {"log_every_steps", &t.log_every_steps, "1 or more", kMayDiffer},
           {"tensorboard", &t.tensorboard, "write event files for TensorBoard", kMayDiffer},
+          {"telemetry_every_steps",
+           &t.telemetry_every_steps,
+           "look at each layer's state and decay; absent: never",
+           kMayDiffer},
           {"threads",
            &t.threads,
            "1 or more; absent: all cores; equal bits need an equal number",
@@ -327,6 +331,7 @@ void validate_train(const TrainConfig& t) {
   require_at_least(1, "train.keep_checkpoints", t.keep_checkpoints);
   require_at_least(1, "train.keep_every_steps", t.keep_every_steps);
   require_at_least(1, "train.log_every_steps", t.log_every_steps);
+  require_at_least(1, "train.telemetry_every_steps", t.telemetry_every_steps);
   require_at_least(1, "train.threads", t.threads);
   for (const auto& [key, value, most] :
        {std::tuple("train.threads", t.threads, kMostThreads),

@@ -90,6 +90,7 @@ RunConfig full_config() {
              .keep_every_steps = 1000,
              .log_every_steps = 3,
              .tensorboard = false,
+             .telemetry_every_steps = 11,
              .threads = 7,
              .l2wrap = 2e-4,
              .skip_outliers_z = 6.5};
@@ -319,6 +320,7 @@ INSTANTIATE_TEST_SUITE_P(
         BadValue{"optimizer.beta2=nan", "optimizer.beta2 = nan: "},
         BadValue{"optimizer.eps=0", "optimizer.eps = 0.0: must be a finite number above 0"},
         BadValue{"optimizer.weight_decay=-1", "optimizer.weight_decay = -1.0: "},
+        BadValue{"train.telemetry_every_steps=0", "train.telemetry_every_steps = 0: "},
         BadValue{"init.state=\"\"", "init.state = \"\": is empty"},
         BadValue{"train.skip_outliers_z=0", "train.skip_outliers_z = 0.0: must be a finite"},
         BadValue{"optimizer.clip_norm=-1", "optimizer.clip_norm = -1.0: "},
@@ -478,6 +480,7 @@ TEST(RunConfigResume, LetsHowTheRunIsHandledDiffer) {
   now.train.save_every_minutes = 4;
   now.train.keep_every_steps = 5;
   now.train.tensorboard = true;
+  now.train.telemetry_every_steps.reset();
   now.train.skip_outliers_z.reset();
   now.sample = {.prompt = "b", .length = 7, .temperature = 0.3, .top_p = 0.4};
   now.distributed = {.timeout_s = 9, .zero = 2, .compare_weights_every_steps = 8};
@@ -523,6 +526,7 @@ TEST(RunConfigResume, EveryOtherKeyMustMatch) {
                           "train.total_minutes",
                           "train.log_every_steps",
                           "train.tensorboard",
+                          "train.telemetry_every_steps",
                           "train.threads",
                           "train.skip_outliers_z",
                           "sample.every_steps",
