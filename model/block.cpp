@@ -62,6 +62,11 @@ BlockOutput BlockImpl::run(const BlockInput& input, const LayerState& before, bo
       .after = {.att_shift_BC = att_in.last_BC, .ffn_shift_BC = ffn_in.last_BC, .wkv = mixed.wkv}};
 }
 
+TimeMixTelemetry BlockImpl::telemetry(const BlockInput& input, const LayerState& before) {
+  const at::Tensor x_BTC = ln0 ? ln0(input.x_BTC) : input.x_BTC;
+  return att->telemetry(ln1->shift_mix(x_BTC, {}, before.att_shift_BC, att->mixes()).mixed_J);
+}
+
 BlockOutput BlockImpl::forward(const BlockInput& input,
                                const LayerState& before,
                                Recompute recompute) {

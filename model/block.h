@@ -27,11 +27,21 @@ struct TimeMixOutput {
   // have nothing of each other but the residual stream.
   at::Tensor v_first_BTC = {};
 };
+// What tells how a TimeMix fares; undefined where the version has none (model/telemetry.h).
+struct TimeMixTelemetry {
+  // Decay of the wkv state, each in [0, 1], fp32: [B, T, C], or [C] if it is that of every token.
+  at::Tensor w_decay = {};
+  at::Tensor iclr_BTC = {};  // in-context learning rate, each in [0, 1], fp32
+};
 // Base of the versions' TimeMix.
 struct TimeMix : torch::nn::Module {
   // Shares of each token in its mixes with its predecessor, [J, C].
   virtual at::Tensor mixes() const = 0;
   virtual TimeMixOutput forward(const TimeMixInput& input) = 0;
+  //   mixed_J  as TimeMixInput's
+  virtual TimeMixTelemetry telemetry(const std::vector<at::Tensor>& /*mixed_J*/) const {
+    return {};
+  }
 };
 
 // Base of the versions' ChannelMix.
@@ -62,6 +72,8 @@ struct BlockImpl : torch::nn::Module {
             std::shared_ptr<TimeMix> time_mix,
             std::shared_ptr<ChannelMix> channel_mix);
   BlockOutput forward(const BlockInput& input, const LayerState& before, Recompute recompute);
+  // Of what forward() would do.
+  TimeMixTelemetry telemetry(const BlockInput& input, const LayerState& before);
 
   LayerNorm ln0 = nullptr;  // block 0 alone
   LayerNorm ln1;

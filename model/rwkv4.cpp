@@ -103,6 +103,10 @@ at::Tensor Rwkv4TimeMix::mixes() const {
   return rows_of({time_mix_k, time_mix_v, time_mix_r});
 }
 
+TimeMixTelemetry Rwkv4TimeMix::telemetry(const std::vector<at::Tensor>& /*mixed_J*/) const {
+  return {.w_decay = at::exp(-time_decay.exp())};
+}
+
 TimeMixOutput Rwkv4TimeMix::forward(const TimeMixInput& input) {
   const at::Tensor k_BTA = key(input.mixed_J[0]);
   const at::Tensor v_BTA = value(input.mixed_J[1]);

@@ -17,6 +17,7 @@ struct Rwkv4TimeMix : TimeMix {
   // Rows k, v, r.
   at::Tensor mixes() const override;
   TimeMixOutput forward(const TimeMixInput& input) override;
+  TimeMixTelemetry telemetry(const std::vector<at::Tensor>& mixed_J) const override;
 
   at::Tensor time_decay;  // [A], fp32
   at::Tensor time_first;  // [A], fp32

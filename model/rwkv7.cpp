@@ -157,17 +157,31 @@ at::Tensor Rwkv7TimeMix::mixes() const {
   return present_shares({x_r, x_w, x_k, x_v, x_a, x_g});
 }
 
+at::Tensor Rwkv7TimeMix::w_raw(const at::Tensor& X_w) const {
+  return low_rank(at::matmul(X_w, w1).tanh_(), w2);
+}
+
+at::Tensor Rwkv7TimeMix::a_raw(const at::Tensor& X_a) const {
+  return low_rank(a0, at::matmul(X_a, a1), a2);
+}
+
+TimeMixTelemetry Rwkv7TimeMix::telemetry(const std::vector<at::Tensor>& mixed_J) const {
+  // In fp32, for 1 - w may be as small as 2e-4.
+  const at::Tensor w_log_BTC =
+      -std::exp(-0.5) * at::sigmoid(w0 + w_raw(mixed_J[1]).to(w0.scalar_type()));
+  return {.w_decay = w_log_BTC.exp(),
+          .iclr_BTC = at::sigmoid(a_raw(mixed_J[4]).to(w0.scalar_type()))};
+}
+
 TimeMixOutput Rwkv7TimeMix::forward(const TimeMixInput& input) {
   const at::Tensor &X_r = input.mixed_J[0], &X_w = input.mixed_J[1], &X_k = input.mixed_J[2],
                    &X_v = input.mixed_J[3], &X_a = input.mixed_J[4], &X_g = input.mixed_J[5];
   const at::Tensor r_BTC = receptance(X_r);
   const at::Tensor v_BTC = value(X_v);
-  const at::Tensor w_raw_BTC = low_rank(at::matmul(X_w, w1).tanh_(), w2);
-  const at::Tensor a_raw_BTC = low_rank(a0, at::matmul(X_a, a1), a2);
   const at::Tensor g_BTC = low_rank(at::matmul(X_g, g1).sigmoid_(), g2);
   const at::Tensor v_raw_BTC = is_first_ ? at::Tensor() : low_rank(v0, at::matmul(X_v, v1), v2);
   const ops::Wkv7InputsOutput in = ops::wkv7_inputs(key(X_k),
-                                                    a_raw_BTC,
+                                                    a_raw(X_a),
                                                     v_BTC,
                                                     v_raw_BTC,
                                                     input.v_first_BTC,
@@ -175,7 +189,7 @@ TimeMixOutput Rwkv7TimeMix::forward(const TimeMixInput& input) {
                                                     k_a.flatten(),
                                                     r_k.size(1));
   const ops::Wkv7Output wkv = ops::wkv7({.r_BTC = r_BTC,
-                                         .w_raw_BTC = w_raw_BTC,
+                                         .w_raw_BTC = w_raw(X_w),
                                          .k_BTC = in.k_BTC,
                                          .v_BTC = in.v_BTC,
                                          .a_BTC = in.a_BTC,

@@ -21,6 +21,7 @@ struct Rwkv7TimeMix : TimeMix {
   // Rows r, w, k, v, a, g.
   at::Tensor mixes() const override;
   TimeMixOutput forward(const TimeMixInput& input) override;
+  TimeMixTelemetry telemetry(const std::vector<at::Tensor>& mixed_J) const override;
 
   at::Tensor x_r, x_w, x_k, x_v, x_a, x_g;  // [1, 1, C]
   at::Tensor w0;                            // [1, 1, C], fp32
@@ -39,6 +40,9 @@ struct Rwkv7TimeMix : TimeMix {
   LayerNorm ln_x;  // of each head by itself
 
  private:
+  at::Tensor w_raw(const at::Tensor& X_w) const;
+  at::Tensor a_raw(const at::Tensor& X_a) const;
+
   bool is_first_;
   double group_norm_eps_;
 };

@@ -4,6 +4,7 @@
 #include <ATen/CPUGeneratorImpl.h>
 
 #include "model/ops/embedding.h"
+#include "model/ops/head_chunks.h"
 #include "model/ops/head_loss.h"
 #include "model/version_shapes.h"
 
@@ -47,7 +48,11 @@ void RwkvModelImpl::initialise(uint64_t seed, double emb_range) {
   }
 }
 
-RwkvModelImpl::Hidden RwkvModelImpl::run_blocks(const at::Tensor& tokens_BT, const State& state) {
+RwkvModelImpl::Hidden RwkvModelImpl::run_blocks(
+    const at::Tensor& tokens_BT,
+    const State& state,
+    const std::function<void(size_t layer, const BlockInput& input, const LayerState& after)>&
+        visit) {
   TORCH_CHECK(tokens_BT.dim() == 2 && tokens_BT.size(1) >= 1,
               "tokens_BT is ",
               tokens_BT.sizes(),
@@ -61,6 +66,9 @@ RwkvModelImpl::Hidden RwkvModelImpl::run_blocks(const at::Tensor& tokens_BT, con
   BlockInput input{.x_BTC = ops::embedding(emb_->weight, tokens_BT), .v_first_BTC = {}};
   for (size_t layer = 0; layer < blocks_.size(); ++layer) {
     BlockOutput output = blocks_[layer](input, state.layers[layer], recompute_);
+    if (visit) {
+      visit(layer, input, output.after);
+    }
     input = std::move(output.next);
     hidden.state.layers.push_back(std::move(output.after));
   }
@@ -96,17 +104,62 @@ RwkvModelImpl::LossOutput RwkvModelImpl::loss(const at::Tensor& tokens_BT,
       .state = std::move(hidden.state)};
 }
 
+ModelTelemetry RwkvModelImpl::telemetry(const at::Tensor& tokens_BT, const State& state) {
+  const at::NoGradGuard no_grad;
+  std::map<std::string, std::vector<at::Tensor>> by_layer;
+  const Hidden hidden = run_blocks(
+      tokens_BT, state, [&](size_t layer, const BlockInput& input, const LayerState& after) {
+        const auto told =
+            summarise(blocks_[layer]->telemetry(input, state.layers[layer]), after.wkv);
+        for (const auto& [name, value_H] : told) {
+          by_layer[name].push_back(value_H);
+        }
+      });
+  ModelTelemetry result;
+  for (const auto& [name, values] : by_layer) {
+    result.by_layer[name] = at::stack(values);
+  }
+  const at::Tensor hidden_NC = ln_out_(hidden.x_BTC).flatten(0, 1);
+  const int64_t rows = hidden_NC.size(0);
+  const int64_t chunk = ops::choose_rows_per_chunk(
+      rows, config_.vocab_size * static_cast<int64_t>(hidden_NC.element_size()));
+  std::vector<at::Tensor> largest;
+  for (int64_t begin = 0; begin < rows; begin += chunk) {
+    largest.push_back(head_(hidden_NC.slice(0, begin, begin + chunk)).max());
+  }
+  result.largest_logit = at::stack(largest).max();
+  return result;
+}
+
 State RwkvModelImpl::initial_state(int64_t batch_size) const {
   const at::TensorOptions activations = emb_->weight.options().requires_grad(false);
   const at::TensorOptions exact =
       activations.dtype(dtype() == at::kDouble ? at::kDouble : at::kFloat);
   State state;
+  for (const LayerState& row : initial_row_.layers) {
+    state.layers.push_back(
+        {.att_shift_BC = row.att_shift_BC.to(activations).repeat({batch_size, 1}),
+         .ffn_shift_BC = row.ffn_shift_BC.to(activations).repeat({batch_size, 1}),
+         .wkv = at::cat(std::vector(static_cast<size_t>(batch_size), row.wkv.to(exact)))});
+  }
+  if (!state.layers.empty()) {
+    return state;
+  }
   for (int64_t layer = 0; layer < config_.n_layer; ++layer) {
     state.layers.push_back({.att_shift_BC = at::zeros({batch_size, config_.n_embd}, activations),
                             .ffn_shift_BC = at::zeros({batch_size, config_.n_embd}, activations),
                             .wkv = version_->initial_wkv(config_, batch_size, exact)});
   }
   return state;
+}
+
+void RwkvModelImpl::set_initial_state(const State& row) {
+  TORCH_CHECK(static_cast<int64_t>(row.layers.size()) == config_.n_layer,
+              "the state has ",
+              row.layers.size(),
+              " layers but the model has ",
+              config_.n_layer);
+  initial_row_ = row.detach();
 }
 
 void RwkvModelImpl::set_dtype(at::ScalarType dtype) {

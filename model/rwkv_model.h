@@ -2,6 +2,7 @@
 #pragma once
 
 #include <cstdint>
+#include <functional>
 #include <memory>
 #include <string>
 #include <vector>
@@ -12,6 +13,7 @@
 #include "model/block.h"
 #include "model/model_config.h"
 #include "model/state.h"
+#include "model/telemetry.h"
 #include "model/version_registry.h"
 
 namespace rwkv {
@@ -58,7 +60,15 @@ class RwkvModelImpl : public torch::nn::Module {
                   const State& state,
                   double l2wrap);
 
+  // A forward pass without gradient, to look at what it computes; of logits there are never more
+  // than head_loss makes at once. Costs that pass, and each layer's norm, mixes and low-rank
+  // products a second time.
+  ModelTelemetry telemetry(const at::Tensor& tokens_BT, const State& state);
+
+  // What a sequence starts from: nothing read yet, or what set_initial_state() said.
   State initial_state(int64_t batch_size) const;
+  // Every sequence starts from `row`, a state of one batch row, from now on: constant, not trained.
+  void set_initial_state(const State& row);
 
   // Makes the weights bf16 (at::kBFloat16), fp32 or fp64; those whose traits say so stay fp32 in a
   // bf16 model.
@@ -81,11 +91,17 @@ class RwkvModelImpl : public torch::nn::Module {
     at::Tensor x_BTC;  // ln_out not yet applied
     State state;
   };
-  Hidden run_blocks(const at::Tensor& tokens_BT, const State& state);
+  // `visit`, if given, is called after each block.
+  Hidden run_blocks(
+      const at::Tensor& tokens_BT,
+      const State& state,
+      const std::function<void(size_t layer, const BlockInput& input, const LayerState& after)>&
+          visit = nullptr);
 
   ModelConfig config_;
   const ModelVersion* version_;
   Recompute recompute_ = Recompute::kNone;
+  State initial_row_;  // no layers: nothing read yet
   Matrix emb_;
   std::vector<Block> blocks_;
   LayerNorm ln_out_;

@@ -88,7 +88,8 @@ SavedRun read_saved(const std::string& checkpoint) {
                    .elapsed_s = json.value("elapsed_s", 0.0),
                    .outliers = json.contains("outliers")
                                    ? OutlierGuard::from_json(json.at("outliers"))
-                                   : OutlierGuard()};
+                                   : OutlierGuard(),
+                   .initial_state = json.value("initial_state", "")};
   } catch (const nlohmann::json::exception& error) {
     throw std::runtime_error(state_path + ": not the state of a trainer: " + error.what());
   }
@@ -154,6 +155,9 @@ std::string finish_checkpoint(const CheckpointSettings& settings,
                                      {"processes", num_processes}};
   if (!state.outliers.is_empty()) {
     progress["outliers"] = state.outliers.to_json();
+  }
+  if (!state.initial_state.empty()) {
+    progress["initial_state"] = state.initial_state;
   }
   files.push_back(write_text(partial, "trainer.json", progress.dump(2) + "\n"));
   files.push_back(write_text(partial, "config.toml", to_toml(settings.config)));

@@ -6,9 +6,10 @@
 //                            tokenizer that made the corpus, if it is known
 //     optimizer.safetensors  AdamW's moments as m.<name> and v.<name>, fp32
 //     trainer.json           step, tokens and samples seen: data position and schedule follow; the
-//                            seconds that it took; the fingerprint of the corpus; how many
-//                            processes wrote the checkpoint; what outliers are compared with
-//                            (train/outlier_guard.h), if they are skipped
+//                            seconds that it took; the fingerprints of the corpus and of
+//                            init.state; how many processes wrote the checkpoint; what
+//                            outliers are compared with (train/outlier_guard.h), if they are
+//                            skipped
 //     config.toml            the resolved configuration
 //     manifest.json          every other file with its size and checksum (train/manifest.h)
 // Of several processes each writes what it holds, model.00000-of-00002.safetensors and so on
@@ -40,6 +41,7 @@ struct TrainerState {
   std::string corpus;    // BinidxFile::fingerprint() of data.train; empty: unknown
   double elapsed_s = 0;  // seconds of training, those before restarts included
   OutlierGuard outliers = {};
+  std::string initial_state = {};  // content_hash() of init.state; empty: none
 };
 
 // What all checkpoints of a run have in common.

@@ -11,9 +11,12 @@
 namespace rwkv {
 namespace {
 
-std::vector<int32_t> encode_prompt(const Tokenizer& tokenizer, const std::string& prompt) {
+std::vector<int32_t> encode_prompt(const Tokenizer& tokenizer,
+                                   const std::string& prompt,
+                                   bool continues) {
   std::vector<int32_t> ids;
-  if (const auto end = tokenizer.end_of_document()) {
+  const auto end = tokenizer.end_of_document();
+  if (end && !(continues && !prompt.empty())) {
     ids.push_back(*end);
   }
   tokenizer.encode_part(prompt, Tokenizer::TextEnd::kFinal, ids);
@@ -27,13 +30,13 @@ std::vector<int32_t> encode_prompt(const Tokenizer& tokenizer, const std::string
 
 }  // namespace
 
-void generate_text(RwkvModel model,
-                   const Tokenizer& tokenizer,
-                   const GenerateOptions& options,
-                   const std::function<void(std::string_view)>& add_text) {
+State generate_text(RwkvModel model,
+                    const Tokenizer& tokenizer,
+                    const GenerateOptions& options,
+                    const std::function<void(std::string_view)>& add_text) {
   const at::NoGradGuard no_grad;
   require_vocabulary_for(tokenizer, model->config().vocab_size);
-  const std::vector<int32_t> ids = encode_prompt(tokenizer, options.prompt);
+  const std::vector<int32_t> ids = encode_prompt(tokenizer, options.prompt, options.continues);
   const auto end = tokenizer.end_of_document();
   at::Generator generator = at::make_generator<at::CPUGeneratorImpl>(options.seed);
   const at::Tensor prompt_1T =
@@ -44,12 +47,13 @@ void generate_text(RwkvModel model,
     const at::Tensor logits_V = output.logits_BV[0].slice(0, 0, tokenizer.num_ids()).cpu();
     const int64_t token = sample_token(logits_V, options.sampling, generator);
     if (end && token == *end) {
-      return;
+      return output.state;
     }
     const auto id = static_cast<int32_t>(token);
     add_text(tokenizer.decode(std::span(&id, 1)));
     output = model->forward_last(at::full({1, 1}, token, prompt_1T.options()), output.state);
   }
+  return output.state;
 }
 
 }  // namespace rwkv

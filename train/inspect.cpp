@@ -20,6 +20,7 @@
 #include "model/formats/format_registry.h"
 #include "model/formats/piece_files.h"
 #include "model/formats/pth.h"
+#include "model/formats/state_tensors.h"
 #include "model/formats/tensor_statistics.h"
 #include "model/version_shapes.h"
 #include "train/config_file.h"
@@ -78,10 +79,16 @@ std::string dtypes_of(const WeightFile& file) {
   return text;
 }
 
-bool holds_states_alone(const WeightFile& file) {
-  return !file.tensors.empty() && std::ranges::all_of(file.tensors, [](const StoredTensor& tensor) {
-    return tensor.name.find(".time_state") != tensor.name.npos;
-  });
+std::string kind_without_model(const WeightFile& file) {
+  switch (state_kind(file)) {
+    case StateKind::kOwn:
+      return "RWKV state";
+    case StateKind::kTimeState:
+      return "RWKV states (att.time_state)";
+    case StateKind::kNone:
+      break;
+  }
+  return "weights of no known RWKV version";
 }
 
 Json describe_model(const ModelConfig& config) {
@@ -137,10 +144,7 @@ Json inspect_weights(const std::string& path) {
   // Statistics read every byte anyway.
   verify_checksums(file);
   const auto model = describe_shapes(shapes_of(file));
-  Json result = {{"kind",
-                  model                      ? "model"
-                  : holds_states_alone(file) ? "RWKV states (att.time_state)"
-                                             : "weights of no known RWKV version"},
+  Json result = {{"kind", model ? "model" : kind_without_model(file)},
                  {"path", file.path},
                  {"format", file.format},
                  {"bytes", bytes_of(file)}};

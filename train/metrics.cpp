@@ -272,6 +272,13 @@ std::string to_json(const StepRecord& record) {
   add("memory_bytes", record.memory_bytes);
   add("seconds_left", record.seconds_left);
   add("validation_loss", record.validation_loss);
+  if (record.telemetry) {
+    nlohmann::ordered_json& telemetry = line["telemetry"];
+    telemetry["largest_logit"] = record.telemetry->largest_logit;
+    for (const auto& [name, values] : record.telemetry->by_layer) {
+      telemetry[name] = values;
+    }
+  }
   line["elapsed_s"] = record.elapsed_s;
   line["time"] = record.time;
   return line.dump();

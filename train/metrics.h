@@ -6,10 +6,18 @@
 #include <cstdint>
 #include <deque>
 #include <fstream>
+#include <map>
 #include <optional>
 #include <string>
+#include <vector>
 
 namespace rwkv {
+
+// How layers and heads fare (model/telemetry.h), before a step's update.
+struct Telemetry {
+  double largest_logit = 0;
+  std::map<std::string, std::vector<std::vector<double>>> by_layer = {};  // [layer][head]
+};
 
 // What is known after a step.
 struct StepRecord {
@@ -29,6 +37,7 @@ struct StepRecord {
   std::optional<double> mfu = {};
   std::optional<int64_t> memory_bytes = {};    // most that the program has held so far
   std::optional<double> validation_loss = {};  // if the step ended with a validation
+  std::optional<Telemetry> telemetry = {};     // if it was asked for at this step
   double elapsed_s = 0;                        // of training so far, those before a resume included
   double time = 0;                             // wall clock, seconds since 1970
 };
@@ -107,6 +116,7 @@ class StepFile {
 };
 
 // The line of metrics.jsonl: the names of StepRecord. Values that are not given are left out.
+// Telemetry is an object of arrays by layer of arrays by head; a number that is none is null.
 std::string to_json(const StepRecord& record);
 
 }  // namespace rwkv

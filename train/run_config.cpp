@@ -85,6 +85,10 @@ ConfigSection init_section(InitConfig& i) {
                                      {"mean", VocabGrowth::kMean},
                                      {"zero", VocabGrowth::kZero}}),
                "new rows of emb and head: the mean of the old, or zero; refuse: an error"},
+              {"state",
+               &i.state,
+               "file of the state that every sequence starts from; absent: none",
+               kMayDiffer},
           }};
 }
 
@@ -152,6 +156,10 @@ ConfigSection train_section(TrainConfig& t) {
            kMayDiffer},
           {"log_every_steps", &t.log_every_steps, "1 or more", kMayDiffer},
           {"tensorboard", &t.tensorboard, "write event files for TensorBoard", kMayDiffer},
+          {"telemetry_every_steps",
+           &t.telemetry_every_steps,
+           "look at each layer's state and decay; absent: never",
+           kMayDiffer},
           {"threads",
            &t.threads,
            "1 or more; absent: all cores; equal bits need an equal number",
@@ -275,7 +283,8 @@ void validate_names(const DataConfig& data, const InitConfig& init) {
   require_given("data.train", data.train, "the prefix of a .bin and .idx pair");
   for (const auto& [key, value] : {std::pair("data.validation", data.validation),
                                    std::pair("data.tokenizer", data.tokenizer),
-                                   std::pair("init.from", init.from)}) {
+                                   std::pair("init.from", init.from),
+                                   std::pair("init.state", init.state)}) {
     if (value && value->empty()) {
       reject_value(key, "\"\"", "is empty; name it, or leave the key out");
     }
@@ -319,6 +328,7 @@ void validate_train(const TrainConfig& t) {
   require_at_least(1, "train.keep_checkpoints", t.keep_checkpoints);
   require_at_least(1, "train.keep_every_steps", t.keep_every_steps);
   require_at_least(1, "train.log_every_steps", t.log_every_steps);
+  require_at_least(1, "train.telemetry_every_steps", t.telemetry_every_steps);
   require_at_least(1, "train.threads", t.threads);
   for (const auto& [key, value, most] :
        {std::tuple("train.threads", t.threads, kMostThreads),

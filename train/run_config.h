@@ -40,6 +40,9 @@ struct InitConfig {
   std::vector<std::string> allow_missing = {};
   std::vector<std::string> allow_unexpected = {};
   VocabGrowth vocab_growth = VocabGrowth::kRefuse;
+  // A file with the state that every sequence starts from, in training, validation and samples
+  // (model/state_file.h). Absent: nothing read yet.
+  std::optional<std::string> state = {};
   bool operator==(const InitConfig&) const = default;
 };
 
@@ -73,8 +76,10 @@ struct TrainConfig {
   std::optional<int64_t> keep_every_steps = {};  // and for good those of a multiple of this step
   int64_t log_every_steps = 10;                  // 1 or more
   bool tensorboard = true;                       // write event files
-  std::optional<int64_t> threads = {};           // absent: all cores
-  double l2wrap = 1e-4;                          // logit penalty, 0 or more; 0 is off
+  // A look at every layer and head (model/telemetry.h); absent: none.
+  std::optional<int64_t> telemetry_every_steps = {};
+  std::optional<int64_t> threads = {};  // absent: all cores
+  double l2wrap = 1e-4;                 // logit penalty, 0 or more; 0 is off
   // A step whose loss or gradient norm is more standard deviations above its mean is not applied
   // (train/outlier_guard.h); above 0; absent: all are.
   std::optional<double> skip_outliers_z = {};
@@ -172,11 +177,11 @@ struct ResumePoint {
 // and saving may differ: run_dir, device, cuda_graph, recompute, threads, [distributed] and
 // micro_batch_size
 // (whose change can change the last bits), skip_outliers_z (or a run that skips all could not go
-// on), total_minutes, what is logged, saved, kept and sampled
-// how often, data.validation and data.tokenizer. So may paths: data.train, whose content the
-// trainer compares, and init.from, which is not read again. So may the length of the run, as long
-// as the learning rate up to the resume point stays what it was: with a constant rate, with
-// warmup_stable_decay before its decay, with any kind during warm-up.
+// on), total_minutes, what is logged, looked at, saved, kept and
+// sampled how often, data.validation and data.tokenizer. So may paths: data.train and init.state,
+// whose content the trainer compares, and init.from, which is not read again. So may the length of
+// the run, as long as the learning rate up to the resume point stays what it was: with a constant
+// rate, with warmup_stable_decay before its decay, with any kind during warm-up.
 void check_matches_checkpoint(const RunConfig& now,
                               const RunConfig& saved,
                               const ResumePoint& resume);

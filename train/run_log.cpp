@@ -1,6 +1,8 @@
 #include "train/run_log.h"
 
+#include <algorithm>
 #include <filesystem>
+#include <numeric>
 #include <utility>
 
 #include <nlohmann/json.hpp>
@@ -80,7 +82,29 @@ void RunLog::add(const StepRecord& record) {
   if (record.memory_bytes) {
     scalar("memory/bytes", static_cast<double>(*record.memory_bytes));
   }
+  if (record.telemetry) {
+    add_events(*record.telemetry, record.step, record.time);
+  }
   events_->flush();
+}
+
+void RunLog::add_events(const Telemetry& telemetry, int64_t step, double time) {
+  events_->scalar("telemetry/largest_logit", step, time, telemetry.largest_logit);
+  for (const auto& [name, values] : telemetry.by_layer) {
+    for (size_t layer = 0; layer < values.size(); ++layer) {
+      const std::vector<double>& heads = values[layer];
+      const std::string place = "/layer_" + std::to_string(layer);
+      const double sum = std::accumulate(heads.begin(), heads.end(), 0.0);
+      events_->scalar("telemetry/" + name + "_mean" + place,
+                      step,
+                      time,
+                      sum / static_cast<double>(heads.size()));
+      events_->scalar("telemetry/" + name + "_max" + place,
+                      step,
+                      time,
+                      *std::max_element(heads.begin(), heads.end()));
+    }
+  }
 }
 
 void RunLog::add_sample(const StepRecord& record,

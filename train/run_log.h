@@ -40,6 +40,8 @@ class RunLog {
   void say(const std::string& text);
 
  private:
+  void add_events(const Telemetry& telemetry, int64_t step, double time);
+
   StepFile metrics_;
   std::optional<StepFile> samples_;  // if asked for
   std::optional<StepFile> skipped_;  // if outliers are skipped

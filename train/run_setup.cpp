@@ -13,8 +13,11 @@
 
 #include "data/atomic_file.h"
 #include "data/binidx.h"
+#include "data/content_hash.h"
+#include "data/mapped_file.h"
 #include "data/tokenizer_registry.h"
 #include "model/formats/format_registry.h"
+#include "model/state_file.h"
 #include "model/version_shapes.h"
 #include "model/weights.h"
 #include "train/checkpoint.h"
@@ -136,6 +139,14 @@ void set_initial_weights(RwkvModel& model, const RunConfig& config) {
         report.new_rows,
         config.init.vocab_growth == VocabGrowth::kMean ? "the mean of the others" : "zero");
   }
+}
+
+std::string set_initial_state(RwkvModel& model, const InitConfig& init) {
+  if (!init.state) {
+    return "";
+  }
+  model->set_initial_state(load_state(*init.state, model));
+  return content_hash(MappedFile(*init.state).bytes());
 }
 
 void freeze_parameters(RwkvModel& model, const std::vector<std::string>& patterns) {

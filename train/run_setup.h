@@ -20,6 +20,10 @@ RunConfig resolve_run_config(RunConfig config);
 // fit; std::invalid_argument naming a pattern of [init] that nothing needed.
 void set_initial_weights(RwkvModel& model, const RunConfig& config);
 
+// Has every sequence start from init.state, if it is given, and names the file's content
+// (data/content_hash.h); empty without one. Throws as load_state() does.
+std::string set_initial_state(RwkvModel& model, const InitConfig& init);
+
 // Marks the parameters that match a pattern as not trained (requires_grad false). Throws
 // std::invalid_argument if a pattern matches none, or if nothing is left to train.
 void freeze_parameters(RwkvModel& model, const std::vector<std::string>& patterns);

@@ -108,6 +108,34 @@ void check_same_corpus(const BinidxFile& corpus,
   require_tokenizer_of(read_weights(checkpoint), corpus);
 }
 
+// Waits for the device.
+Telemetry numbers_of(const ModelTelemetry& telemetry) {
+  Telemetry numbers{.largest_logit = telemetry.largest_logit.item<double>()};
+  for (const auto& [name, tensor] : telemetry.by_layer) {
+    const at::Tensor values_LH = tensor.to(at::kCPU, at::kDouble).contiguous();
+    const auto* values = values_LH.const_data_ptr<double>();
+    const int64_t n_head = values_LH.size(1);
+    for (int64_t layer = 0; layer < values_LH.size(0); ++layer) {
+      numbers.by_layer[name].emplace_back(values + layer * n_head, values + (layer + 1) * n_head);
+    }
+  }
+  return numbers;
+}
+
+// Losses from another state than before are those of another run.
+void check_same_initial_state(const std::string& now,
+                              const std::string& saved,
+                              const std::string& checkpoint) {
+  const auto described = [](const std::string& hash) {
+    return hash.empty() ? std::string("none") : "one with the checksum " + hash;
+  };
+  if (now != saved) {
+    throw std::invalid_argument("init.state: " + checkpoint + " began every sequence from " +
+                                described(saved) + ", now it is " + described(now) +
+                                "; name the file that the run began with, or begin a new run");
+  }
+}
+
 void say_saved(const std::optional<SavedCheckpoint>& saved, RunLog* log) {
   if (saved && log != nullptr) {
     log->say(describe(*saved));
@@ -254,6 +282,11 @@ void Trainer::prepare(std::optional<int64_t> before_step) {
     make_initial_weights();
   }
   started_step_ = state_.step;
+  const std::string initial_state = set_initial_state(model_, config_.init);
+  if (checkpoint) {
+    check_same_initial_state(initial_state, state_.initial_state, *checkpoint);
+  }
+  state_.initial_state = initial_state;
   freeze_parameters(model_, config_.optimizer.freeze);
   move_to_device(model_, device_);
   model_->set_recompute(config_.train.recompute);
@@ -335,8 +368,12 @@ bool Trainer::can_record() const {
   return config_.train.cuda_graph && is_even;
 }
 
-Trainer::Samples Trainer::add_micro_batch() {
+Trainer::Samples Trainer::add_micro_batch(std::optional<ModelTelemetry>* telemetry) {
   Batch batch = loader_->next();
+  if (telemetry != nullptr) {
+    *telemetry = model_->telemetry(as_tensor(batch.inputs, batch).to(device_.device),
+                                   model_->initial_state(batch.rows));
+  }
   runner_->add_micro_batch(as_tensor(batch.inputs, batch), as_tensor(batch.targets, batch));
   return {.first = batch.first_sample, .rows = batch.rows};
 }
@@ -348,12 +385,16 @@ std::optional<Trainer::LaunchedStep> Trainer::launch_step() {
     communicator_->set_activity("step " + std::to_string(state_.step + 1));
     agree();
   }
+  const auto& telemetry_every = config_.train.telemetry_every_steps;
+  const bool is_watched =
+      is_first() && telemetry_every && (state_.step + 1) % *telemetry_every == 0;
+  std::optional<ModelTelemetry> telemetry;
   runner_->begin_step();
   for (int64_t i = 0; i < micro_batches(placement_.rank); ++i) {
     if (asked_to_stop() != 0) {
       return std::nullopt;
     }
-    add_micro_batch();
+    add_micro_batch(is_watched && i == 0 ? &telemetry : nullptr);
   }
   OutlierLimits limits;
   if (const auto& z = config_.train.skip_outliers_z) {
@@ -363,8 +404,11 @@ std::optional<Trainer::LaunchedStep> Trainer::launch_step() {
   if (saver_) {
     saver_->wait_for_copy();
   }
-  LaunchedStep launched{
-      .before = state_, .lr = lr, .limits = limits, .numbers = runner_->finish_step(lr)};
+  LaunchedStep launched{.before = state_,
+                        .lr = lr,
+                        .limits = limits,
+                        .numbers = runner_->finish_step(lr),
+                        .telemetry = std::move(telemetry)};
   ++state_.step;
   state_.samples += config_.batch_sequences();
   state_.tokens += config_.tokens_per_step();
@@ -725,6 +769,9 @@ StepRecord Trainer::record_of(LaunchedStep& launched, ProgressMeter& meter, RunL
                          .time = wall_clock_seconds()},
                         now_seconds(),
                         loader_->wait_seconds());
+  if (launched.telemetry) {
+    record.telemetry = numbers_of(*launched.telemetry);
+  }
   if (record.tokens_per_s && matrix_flops_per_s_ > 0) {
     record.mfu = *record.tokens_per_s * flops_per_token_ / matrix_flops_per_s_;
   }
@@ -739,7 +786,7 @@ void Trainer::add_record(const StepRecord& record, bool is_logged, RunLog* log) 
   if (log == nullptr) {
     return;
   }
-  if (record.step == started_step_ + 1 || is_logged || record.validation_loss) {
+  if (record.step == started_step_ + 1 || is_logged || record.validation_loss || record.telemetry) {
     log->add(record);
   } else {
     log->show(record);

@@ -106,8 +106,9 @@ class Trainer {
     double lr = 0;
     OutlierLimits limits;
     PendingNumbers numbers;
+    std::optional<ModelTelemetry> telemetry = {};
   };
-  Samples add_micro_batch();
+  Samples add_micro_batch(std::optional<ModelTelemetry>* telemetry = nullptr);
   std::optional<LaunchedStep> launch_step();  // nothing if a signal asked to stop meanwhile
   StepResult result_of(LaunchedStep& launched);
   std::string where_not_finite(const StepResult& result, bool is_newest) const;

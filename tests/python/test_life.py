@@ -320,7 +320,8 @@ class Keeps(Life):
         support.package("tensorboard")
         from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
         run = self.configure(total_steps=6, log_every_steps=1, data={"validation": "text"},
-                             validate_every_steps=3, sample={"every_steps": 3, "length": 10})
+                             validate_every_steps=3, sample={"every_steps": 3, "length": 10},
+                             telemetry_every_steps=2)
         self.assertEqual(self.train().returncode, 0)
         events = EventAccumulator(str(run / "tensorboard"))
         events.Reload()
@@ -333,6 +334,11 @@ class Keeps(Life):
             for (_, x), (_, y) in zip(read, expected):
                 self.assertAlmostEqual(x, y, places=5)
         self.assertEqual(len(events.Tensors("sample")), 2)
+        expected = [(row["step"], row["telemetry"]["decay_slow"][1][0]) for row in rows
+                    if "telemetry" in row]
+        read = events.Scalars("telemetry/decay_slow_mean/layer_1")
+        self.assertEqual([(event.step, event.value) for event in read], expected)
+        self.assertEqual([step for step, _ in expected], [2, 4, 6])
 
     def test_samples_that_a_second_run_writes_again(self):
         texts = []

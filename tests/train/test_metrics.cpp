@@ -1,3 +1,4 @@
+#include <cmath>
 #include <csignal>
 #include <stdexcept>
 
@@ -262,6 +263,15 @@ TEST(StepFile, HoldsOneObjectAStep) {
             "\"validation_loss\":0.3333333333333333,\"elapsed_s\":90.5,\"time\":1800000000.0}\n"
             "{\"step\":121,\"total_steps\":9,\"tokens\":7744,\"loss\":0.1,\"smoothed_loss\":0.2,"
             "\"lr\":0.0,\"grad_norm\":0.0,\"elapsed_s\":0.0,\"time\":0.0}\n");
+}
+
+TEST(ToJson, TelemetryIsByLayerAndHead) {
+  StepRecord record = record_of(3);
+  record.telemetry =
+      Telemetry{.largest_logit = 2.5, .by_layer = {{"state_norm", {{1, 2}, {0.5, std::nan("")}}}}};
+  EXPECT_THAT(
+      to_json(record),
+      HasSubstr(R"("telemetry":{"largest_logit":2.5,"state_norm":[[1.0,2.0],[0.5,null]]},)"));
 }
 
 TEST(StepFile, HoldsEachStepOnceAfterAResume) {

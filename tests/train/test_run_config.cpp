@@ -89,13 +89,15 @@ RunConfig full_config() {
              .keep_every_steps = 1000,
              .log_every_steps = 3,
              .tensorboard = false,
+             .telemetry_every_steps = 11,
              .threads = 7,
              .l2wrap = 2e-4,
              .skip_outliers_z = 6.5};
   c.init = {.from = "released.pth",
             .allow_missing = {"head.weight"},
             .allow_unexpected = {"blocks.*.att.v0", "x"},
-            .vocab_growth = VocabGrowth::kMean};
+            .vocab_growth = VocabGrowth::kMean,
+            .state = "start.pth"};
   c.sample = {.every_steps = 9,
               .prompt = "In the\n\"beginning\"",
               .length = 17,
@@ -317,6 +319,8 @@ INSTANTIATE_TEST_SUITE_P(
         BadValue{"optimizer.beta2=nan", "optimizer.beta2 = nan: "},
         BadValue{"optimizer.eps=0", "optimizer.eps = 0.0: must be a finite number above 0"},
         BadValue{"optimizer.weight_decay=-1", "optimizer.weight_decay = -1.0: "},
+        BadValue{"train.telemetry_every_steps=0", "train.telemetry_every_steps = 0: "},
+        BadValue{"init.state=\"\"", "init.state = \"\": is empty"},
         BadValue{"train.skip_outliers_z=0", "train.skip_outliers_z = 0.0: must be a finite"},
         BadValue{"optimizer.clip_norm=-1", "optimizer.clip_norm = -1.0: "},
         BadValue{"schedule.lr_init=-1", "schedule.lr_init = -1.0: "},
@@ -470,10 +474,12 @@ TEST(RunConfigResume, LetsHowTheRunIsHandledDiffer) {
   now.data.validation.reset();
   now.data.tokenizer.reset();
   now.init.from = "moved.pth";
+  now.init.state = "moved.st";
   now.train.total_minutes = 3;
   now.train.save_every_minutes = 4;
   now.train.keep_every_steps = 5;
   now.train.tensorboard = true;
+  now.train.telemetry_every_steps.reset();
   now.train.skip_outliers_z.reset();
   now.sample = {.prompt = "b", .length = 7, .temperature = 0.3, .top_p = 0.4};
   now.distributed = {.timeout_s = 9, .zero = 2, .compare_weights_every_steps = 8};
@@ -502,6 +508,7 @@ TEST(RunConfigResume, EveryOtherKeyMustMatch) {
   std::vector<std::string> keys = keys_of(to_toml(saved));
   for (const char* key : {"data.train",
                           "init.from",
+                          "init.state",
                           "data.validation",
                           "data.tokenizer",
                           "train.run_dir",
@@ -518,6 +525,7 @@ TEST(RunConfigResume, EveryOtherKeyMustMatch) {
                           "train.total_minutes",
                           "train.log_every_steps",
                           "train.tensorboard",
+                          "train.telemetry_every_steps",
                           "train.threads",
                           "train.skip_outliers_z",
                           "sample.every_steps",

@@ -1,7 +1,11 @@
+#include <filesystem>
+#include <map>
+
 #include <gmock/gmock.h>
 #include <gtest/gtest.h>
 
 #include "tests/support/test_data.h"
+#include "train/event_file.h"
 #include "train/run_log.h"
 
 namespace rwkv {
@@ -38,6 +42,27 @@ TEST_F(RunLogTest, RemembersALastStepThatWasOnlyShown) {
   EXPECT_EQ(metrics(), line_of(1));
   log.add_shown();
   EXPECT_EQ(metrics(), line_of(1) + line_of(3));
+}
+
+TEST_F(RunLogTest, WritesTelemetryAsMeanAndMaximumOverHeads) {
+  RunConfig config;
+  config.train.run_dir = folder_.path();
+  StepRecord record = record_of(4);
+  record.telemetry = Telemetry{.largest_logit = 7, .by_layer = {{"state_norm", {{1, 3}, {4, 6}}}}};
+  RunLog(config, 0, 1.8e9).add(record);
+  std::map<std::string, double> scalars;
+  for (const auto& file : std::filesystem::directory_iterator(folder_.path("tensorboard"))) {
+    EventReader reader(file.path());
+    while (const auto event = reader.next()) {
+      for (const EventValue& value : event->values) {
+        scalars[value.tag] = value.scalar.value_or(0);
+      }
+    }
+  }
+  EXPECT_EQ(scalars["telemetry/largest_logit"], 7);
+  EXPECT_EQ(scalars["telemetry/state_norm_mean/layer_0"], 2);
+  EXPECT_EQ(scalars["telemetry/state_norm_max/layer_0"], 3);
+  EXPECT_EQ(scalars["telemetry/state_norm_max/layer_1"], 6);
 }
 
 TEST_F(RunLogTest, RemembersNoStepTwice) {

@@ -128,6 +128,38 @@ TEST(Trainer, GoesOnBitForBitFromACheckpoint) {
   EXPECT_EQ(progress("resumed"), progress("whole"));
 }
 
+TEST(Trainer, LooksAtLayersAndHeadsWithoutAChangeToTheRun) {
+  const test::TempFolder folder;
+  make_corpus(folder, "corpus", 2000);
+  RunConfig config = small_run(folder, "plain");
+  config.model = {.version = "rwkv7", .n_layer = 2, .n_embd = 32, .head_size = 16, .ctx_len = 16};
+  config.train.log_every_steps = 5;
+  config.train.micro_batch_size = 2;
+  Trainer(config).run();
+  config.train.run_dir = folder.path("watched");
+  config.train.telemetry_every_steps = 4;
+  Trainer(config).run();
+  EXPECT_EQ(newest_file(folder.path("watched"), "optimizer.safetensors"),
+            newest_file(folder.path("plain"), "optimizer.safetensors"));
+  std::istringstream lines(test::read_file(folder.path("watched/metrics.jsonl")));
+  std::vector<int64_t> watched_steps;
+  for (std::string line; std::getline(lines, line);) {
+    const auto row = nlohmann::json::parse(line);
+    if (row.contains("telemetry")) {
+      watched_steps.push_back(row.at("step"));
+      const auto& telemetry = row.at("telemetry");
+      EXPECT_TRUE(telemetry.at("largest_logit").is_number());
+      EXPECT_EQ(telemetry.size(), 5);
+      for (const char* name : {"state_norm", "decay_slow", "iclr_low", "iclr_high"}) {
+        ASSERT_EQ(telemetry.at(name).size(), 2) << name;
+        EXPECT_EQ(telemetry.at(name)[1].size(), 2) << name;
+      }
+      EXPECT_GT(telemetry.at("state_norm")[0][1].get<double>(), 0);
+    }
+  }
+  EXPECT_THAT(watched_steps, testing::ElementsAre(4, 8, 12));
+}
+
 TEST(Trainer, AccumulatesMicroBatchesToTheSameStep) {
   const test::TempFolder folder;
   make_corpus(folder, "corpus", 2000);

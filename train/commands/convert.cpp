@@ -8,6 +8,7 @@
 
 #include "model/formats/format_registry.h"
 #include "model/formats/pth.h"
+#include "model/formats/state_tensors.h"
 #include "train/commands/commands.h"
 #include "train/manifest.h"
 #include "train/run_folder.h"
@@ -69,7 +70,8 @@ int convert_command(int argc, char** argv) {
   cxxopts::Options options("rookery convert",
                            "Writes the weights of FROM (a run, a checkpoint folder, a .pth or "
                            ".safetensors file)\nto TO (.pth or .safetensors), reads them back and "
-                           "compares.\n");
+                           "compares.\nA state of --save-state becomes, as .pth, RWKV-LM's "
+                           "time_state, without the shifted rows.\n");
   cxxopts::OptionAdder add = options.add_options();
   add("from", "what to read", cxxopts::value<std::string>());
   add("to", "what to write", cxxopts::value<std::string>());
@@ -89,7 +91,7 @@ int convert_command(int argc, char** argv) {
   if (const std::string damage = find_damage_of_model(from); !damage.empty()) {
     throw std::runtime_error(damage + "; nothing was written: name another checkpoint");
   }
-  const WeightFile file = read_weights(from);
+  WeightFile file = read_weights(from);
   if (std::filesystem::exists(to) && std::filesystem::equivalent(file.path, to)) {
     throw std::invalid_argument(to + ": is the file to read; give another name to write");
   }
@@ -98,6 +100,9 @@ int convert_command(int argc, char** argv) {
     throw std::runtime_error(file.path + ": holds no tensors, expected the weights of a model");
   }
   verify_checksums(file);
+  if (state_kind(file) == StateKind::kOwn && std::filesystem::path(to).extension() == ".pth") {
+    file.tensors = as_time_state(file);
+  }
 
   std::vector<std::vector<std::byte>> contents(file.tensors.size());
   std::vector<TensorToWrite> tensors;

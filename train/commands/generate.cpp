@@ -4,6 +4,7 @@
 #include <ATen/ATen.h>
 
 #include "model/formats/format_registry.h"
+#include "model/state_file.h"
 #include "train/commands/commands.h"
 #include "train/commands/model_options.h"
 #include "train/generate_text.h"
@@ -38,6 +39,9 @@ int generate_command(int argc, char** argv) {
       cxxopts::value<double>()->default_value("0.9"));
   add("top-k", "and from this many at most; 0: all", cxxopts::value<int64_t>()->default_value("0"));
   add("seed", "the same seed gives the same text", cxxopts::value<uint64_t>()->default_value("1"));
+  add("save-state",
+      "a .safetensors for the state after the text, to go on from with --state",
+      cxxopts::value<std::string>());
   add_model_options(add);
   const auto parsed = parse_options(options, argc, argv, kExample, {"model"});
   if (!parsed) {
@@ -51,6 +55,9 @@ int generate_command(int argc, char** argv) {
   if (length < 0) {
     throw std::invalid_argument("--length " + std::to_string(length) + ": must be 0 or more");
   }
+  if (parsed->count("save-state") > 0) {
+    check_state_path((*parsed)["save-state"].as<std::string>());
+  }
   const std::string path = find_model((*parsed)["model"].as<std::string>());
   const auto spec = parsed->count("tokenizer") > 0
                         ? std::optional((*parsed)["tokenizer"].as<std::string>())
@@ -60,19 +67,24 @@ int generate_command(int argc, char** argv) {
 
   const std::string prompt = (*parsed)["prompt"].as<std::string>();
   bool begun = false;
-  generate_text(model,
-                *tokenizer,
-                {.prompt = prompt,
-                 .length = length,
-                 .sampling = sampling,
-                 .seed = (*parsed)["seed"].as<uint64_t>()},
-                [&](std::string_view text) {
-                  // Only now: a prompt that cannot be continued leaves no half result.
-                  std::cout << (begun ? "" : prompt) << text << std::flush;
-                  begun = true;
-                });
+  const State state = generate_text(model,
+                                    *tokenizer,
+                                    {.prompt = prompt,
+                                     .length = length,
+                                     .sampling = sampling,
+                                     .seed = (*parsed)["seed"].as<uint64_t>(),
+                                     .continues = parsed->count("state") > 0},
+                                    [&](std::string_view text) {
+                                      // Only now: a prompt that cannot be continued leaves no half
+                                      // result.
+                                      std::cout << (begun ? "" : prompt) << text << std::flush;
+                                      begun = true;
+                                    });
   std::cout << (begun ? "" : prompt);
   std::cout << '\n';
+  if (parsed->count("save-state") > 0) {
+    save_state((*parsed)["save-state"].as<std::string>(), state, model);
+  }
   return 0;
 }
 

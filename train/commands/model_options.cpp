@@ -2,6 +2,7 @@
 
 #include <stdexcept>
 
+#include "model/state_file.h"
 #include "model/weights.h"
 #include "train/gpu.h"
 
@@ -15,6 +16,10 @@ void add_device_option(cxxopts::OptionAdder& add) {
 
 void add_model_options(cxxopts::OptionAdder& add) {
   add("dtype", "fp32 or bf16", cxxopts::value<std::string>()->default_value("fp32"));
+  add("state",
+      "a file with the state to start from, by --save-state or RWKV-LM's state tuning; default: "
+      "nothing read yet",
+      cxxopts::value<std::string>());
   add_device_option(add);
 }
 
@@ -31,6 +36,9 @@ RwkvModel open_model_with(const cxxopts::ParseResult& parsed, const std::string&
   const ComputeDtype dtype = parse_dtype(parsed["dtype"].as<std::string>());
   const OpenDevice device = open_device_option(parsed);
   RwkvModel model = open_model(path, dtype == ComputeDtype::kBf16 ? at::kBFloat16 : at::kFloat);
+  if (parsed.count("state") > 0) {
+    model->set_initial_state(load_state(parsed["state"].as<std::string>(), model));
+  }
   move_to_device(model, device);
   return model;
 }
