@@ -210,10 +210,10 @@ class PlanRun : public testing::Test {
 TEST_F(PlanRun, IsOfTheStageThatIsConfigured) {
   request_.memory_bytes = 38e9;
   EXPECT_EQ(plan_run(request_).configured.plan.zero_stage, 1);
-  EXPECT_FALSE(plan_run(request_).fits);
+  EXPECT_TRUE(plan_run(request_).fits);
   request_.config.distributed.zero = 0;
   EXPECT_EQ(plan_run(request_).configured.plan.zero_stage, 0);
-  EXPECT_TRUE(plan_run(request_).fits);
+  EXPECT_FALSE(plan_run(request_).fits);
   // One process has nothing to share.
   request_.processes = 1;
   EXPECT_EQ(plan_run(request_).configured.plan.zero_stage, 0);
