@@ -1,5 +1,5 @@
 #!/usr/bin/env python3
-"""Writes tests/golden: small RWKV-4 files to compare the program with. See the README there.
+"""Writes tests/golden: small RWKV-4 and -7 files to compare the program with. See the README there.
 
     .deps/venv/bin/python scripts/make_golden.py            writes them anew
     .deps/venv/bin/python scripts/make_golden.py --check    compares anew with what is there
@@ -30,6 +30,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 import rwkv4_reference as ref
+import rwkv7_reference
 
 FOLDER = pathlib.Path(__file__).resolve().parent.parent / "tests" / "golden"
 L2WRAP = 1e-4
@@ -57,30 +58,43 @@ def as_f32(params, prefix=""):
 # ---- Models ------------------------------------------------------------------------------------
 
 
-def random_model(seed, n_layer, vocab_size, n_embd, dim_att, dim_ffn):
-    """Weights of which each tensor moves the logits: an untrained RWKV-4 would not do, for its
-    att.output and ffn.value are zero, and with them every gradient behind them."""
-    rng = np.random.default_rng(seed)
+# Weights of which each tensor moves the logits: an untrained model would not do, for its att.output
+# and ffn.value are zero, and with them every gradient behind them.
 
-    def normal(*shape, mean=0.0, std=1.0):
-        return torch.tensor(rng.normal(mean, std, shape), dtype=torch.float32)
 
-    def mix():
+class Draw:
+    def __init__(self, seed, n_embd):
+        self.rng, self.n_embd = np.random.default_rng(seed), n_embd
+
+    def normal(self, *shape, mean=0.0, std=1.0):
+        return torch.tensor(self.rng.normal(mean, std, shape), dtype=torch.float32)
+
+    def mix(self):
         # Past both ends of [0, 1]: trained models go there, and their initial values do too.
-        return torch.tensor(rng.uniform(-0.1, 1.2, (1, 1, n_embd)), dtype=torch.float32)
+        return torch.tensor(self.rng.uniform(-0.1, 1.2, (1, 1, self.n_embd)), dtype=torch.float32)
 
-    def matrix(rows, columns, gain):
-        return normal(rows, columns, std=gain / math.sqrt(columns))
+    def matrix(self, rows, columns, gain):
+        return self.normal(rows, columns, std=gain / math.sqrt(columns))
 
+    def norm(self, name):
+        return {name + ".weight": self.normal(self.n_embd, mean=1.0, std=0.2),
+                name + ".bias": self.normal(self.n_embd, std=0.2)}
+
+    def block_norms(self, i):
+        params = self.norm("blocks.0.ln0") if i == 0 else {}
+        return params | self.norm(f"blocks.{i}.ln1") | self.norm(f"blocks.{i}.ln2")
+
+
+def random_model(seed, n_layer, vocab_size, n_embd, dim_att, dim_ffn):
+    draw = Draw(seed, n_embd)
+    normal, mix, matrix = draw.normal, draw.mix, draw.matrix
     params = {"emb.weight": normal(vocab_size, n_embd)}
     for i in range(n_layer):
-        for norm in (["ln0"] if i == 0 else []) + ["ln1", "ln2"]:
-            params[f"blocks.{i}.{norm}.weight"] = normal(n_embd, mean=1.0, std=0.2)
-            params[f"blocks.{i}.{norm}.bias"] = normal(n_embd, std=0.2)
+        params |= draw.block_norms(i)
         att, ffn = f"blocks.{i}.att.", f"blocks.{i}.ffn."
         # w_log from -3e-4 (nothing is forgotten in a sequence) to -20 (all of it in one step).
         decay = np.linspace(-8.0, 3.0, dim_att)
-        params[att + "time_decay"] = torch.tensor(rng.permutation(decay), dtype=torch.float32)
+        params[att + "time_decay"] = torch.tensor(draw.rng.permutation(decay), dtype=torch.float32)
         params[att + "time_first"] = normal(dim_att)
         for letter in "kvr":
             params[att + "time_mix_" + letter] = mix()
@@ -93,9 +107,42 @@ def random_model(seed, n_layer, vocab_size, n_embd, dim_att, dim_ffn):
         params[ffn + "key.weight"] = matrix(dim_ffn, n_embd, 1.0)
         params[ffn + "receptance.weight"] = matrix(n_embd, n_embd, 1.0)
         params[ffn + "value.weight"] = matrix(n_embd, dim_ffn, 1.0)
-    params["ln_out.weight"] = normal(n_embd, mean=1.0, std=0.2)
-    params["ln_out.bias"] = normal(n_embd, std=0.2)
+    params |= draw.norm("ln_out")
     params["head.weight"] = matrix(vocab_size, n_embd, 4.0)
+    return params
+
+
+def random_rwkv7(seed, n_layer, vocab_size, n_embd, head_size, dim_ffn, ranks):
+    """ranks: of w, a, v and g. Block 0 has no v0, v1, v2, which nothing reads."""
+    draw = Draw(seed, n_embd)
+    params = {"emb.weight": draw.normal(vocab_size, n_embd)}
+    for i in range(n_layer):
+        params |= draw.block_norms(i)
+        att, ffn = f"blocks.{i}.att.", f"blocks.{i}.ffn."
+        for letter in "rwkvag":
+            params[att + "x_" + letter] = draw.mix()
+        letters = "wag" if i == 0 else "wavg"
+        for letter in letters:
+            # A decay is soon forgotten: it must move far to show.
+            gain = 3.0 if letter == "w" else 1.0
+            params[att + letter + "1"] = draw.matrix(n_embd, ranks[letter], gain)
+            params[att + letter + "2"] = draw.matrix(ranks[letter], n_embd, 2.0)
+        # The decay from e^-0.0002 to e^-0.6.
+        params[att + "w0"] = torch.tensor(
+            draw.rng.permutation(np.linspace(-8.0, 3.0, n_embd)), dtype=torch.float32).view(1, 1, -1)
+        for letter in letters[1:-1]:
+            params[att + letter + "0"] = draw.normal(1, 1, n_embd)
+        params[att + "k_k"] = draw.normal(1, 1, n_embd, mean=0.8, std=0.3)
+        params[att + "k_a"] = draw.normal(1, 1, n_embd, mean=1.0, std=0.3)
+        params[att + "r_k"] = draw.normal(n_embd // head_size, head_size, std=0.3)
+        for name, gain in [("receptance", 1.0), ("key", 1.0), ("value", 1.0), ("output", 1.0)]:
+            params[f"{att}{name}.weight"] = draw.matrix(n_embd, n_embd, gain)
+        params |= draw.norm(att + "ln_x")
+        params[ffn + "x_k"] = draw.mix()
+        params[ffn + "key.weight"] = draw.matrix(dim_ffn, n_embd, 1.0)
+        params[ffn + "value.weight"] = draw.matrix(n_embd, dim_ffn, 1.0)
+    params |= draw.norm("ln_out")
+    params["head.weight"] = draw.matrix(vocab_size, n_embd, 1.5)
     return params
 
 
@@ -103,14 +150,14 @@ def random_tokens(seed, vocab_size, *shape):
     return torch.tensor(np.random.default_rng(seed).integers(0, vocab_size, shape))
 
 
-def require_every_tensor_matters(params, tokens_BT):
-    logits_BTV, _ = ref.forward(as_f64(params), tokens_BT)
+def require_every_tensor_matters(params, tokens_BT, logits_of=ref.logits_of):
+    logits_BTV = logits_of(as_f64(params), tokens_BT)
     for name in params:
         changed = as_f64(params)
         # Not one factor for all: a LayerNorm behind would take it out again.
         wave = torch.cos(torch.arange(params[name].numel())).view(params[name].shape)
         changed[name] = changed[name] * (1 + 0.1 * wave)
-        difference = relative(ref.forward(changed, tokens_BT)[0], logits_BTV)
+        difference = relative(logits_of(changed, tokens_BT), logits_BTV)
         require(difference > 1e-3, f"10% of {name} moves the logits by {difference:.1e} only")
 
 
@@ -173,7 +220,7 @@ TEN_STEPS = {
     "steps": 10, "batch_size": 3, "seq_len": 17, "lr_init": 3e-3, "lr_final": 1e-4,
     "warmup_tokens": 2 * 3 * 17, "total_tokens": 10 * 3 * 17, "beta1": 0.9, "beta2": 0.99,
     "eps": 1e-8, "weight_decay": 0.01, "clip": 5.0, "l2wrap": L2WRAP,
-    "lr_scale": {"time_decay": 2.0, "time_first": 3.0},
+    "lr_scale": {"time_decay": 2.0, "time_first": 3.0, "w0": 2.0},
 }
 
 
@@ -190,8 +237,10 @@ def lr_scale(name):
     return TEN_STEPS["lr_scale"].get(name.split(".")[-1], 1.0)
 
 
-def weight_decay(value):
-    return TEN_STEPS["weight_decay"] if sum(size > 1 for size in value.shape) >= 2 else 0.0
+def weight_decay(name, value):
+    # RWKV-7's low-rank factors and r_k have two sizes above 1 as well, and no decay.
+    is_matrix = name.endswith(".weight") and sum(size > 1 for size in value.shape) >= 2
+    return TEN_STEPS["weight_decay"] if is_matrix else 0.0
 
 
 class AdamW:
@@ -207,7 +256,7 @@ class AdamW:
         self.step_count += 1
         for name, value in self.params.items():
             g, m, v, rate = gradients[name], self.m[name], self.v[name], lr * lr_scale(name)
-            value -= rate * weight_decay(value) * value
+            value -= rate * weight_decay(name, value) * value
             m += (1 - c["beta1"]) * (g - m)
             v += (1 - c["beta2"]) * (g * g - v)
             m_hat = m / (1 - c["beta1"] ** self.step_count)
@@ -220,7 +269,8 @@ class TorchAdamW:
         self.params = params
         c = TEN_STEPS
         self.optimizer = torch.optim.AdamW(
-            [{"params": [value], "weight_decay": weight_decay(value), "scale": lr_scale(name)}
+            [{"params": [value], "weight_decay": weight_decay(name, value),
+              "scale": lr_scale(name)}
              for name, value in params.items()],
             betas=(c["beta1"], c["beta2"]), eps=c["eps"], foreach=False)
 
@@ -232,12 +282,13 @@ class TorchAdamW:
         self.optimizer.step()
 
 
-def train_steps(params, inputs, targets, optimizer_class):
+def train_steps(params, inputs, targets, optimizer_class, logits_of):
     params = {name: value.clone() for name, value in params.items()}
     optimizer, log = optimizer_class(params), []
     tokens_per_step = TEN_STEPS["batch_size"] * TEN_STEPS["seq_len"]
     for step in range(len(inputs)):
-        loss, gradients = ref.loss_and_gradients(params, inputs[step], targets[step], L2WRAP)
+        loss, gradients = ref.loss_and_gradients(params, inputs[step], targets[step], L2WRAP,
+                                                 logits_of)
         norm = math.sqrt(sum((g.double() ** 2).sum().item() for g in gradients.values()))
         coefficient = min(1.0, TEN_STEPS["clip"] / (norm + 1e-6))
         lr = learning_rate(step * tokens_per_step)
@@ -247,23 +298,23 @@ def train_steps(params, inputs, targets, optimizer_class):
     return params, log
 
 
-def ten_step_files(params):
+def ten_step_files(version, params, logits_of):
     c = TEN_STEPS
-    tokens = random_tokens(43, 97, c["steps"], c["batch_size"], c["seq_len"] + 1)
+    tokens = random_tokens(43, len(params["emb.weight"]), c["steps"], c["batch_size"], c["seq_len"] + 1)
     inputs, targets = tokens[:, :, :-1].contiguous(), tokens[:, :, 1:].contiguous()
     start = as_f64(params)
     # AdamW does not see a constant factor on its gradients, so clipping every step alike would
     # prove nothing. Every third batch asks for what the model says by then: a small gradient.
     for step in range(0, c["steps"], 3):
-        so_far, _ = train_steps(start, inputs[:step], targets[:step], AdamW)
-        targets[step] = ref.forward(so_far, inputs[step])[0].argmax(-1)
-    final, log = train_steps(start, inputs, targets, AdamW)
-    check, _ = train_steps(start, inputs, targets, TorchAdamW)
-    single, single_log = train_steps(params, inputs, targets, AdamW)
+        so_far, _ = train_steps(start, inputs[:step], targets[:step], AdamW, logits_of)
+        targets[step] = logits_of(so_far, inputs[step]).argmax(-1)
+    final, log = train_steps(start, inputs, targets, AdamW, logits_of)
+    check, _ = train_steps(start, inputs, targets, TorchAdamW, logits_of)
+    single, single_log = train_steps(params, inputs, targets, AdamW, logits_of)
     for name in final:
         require(relative(check[name], final[name]) < 1e-12, f"torch.optim.AdamW differs in {name}")
     clipped = sum(row["clip_coefficient"] < 1 for row in log)
-    print("ten steps: gradient norms " + " ".join(f"{row['grad_norm']:.3f}" for row in log))
+    print(f"{version}, ten steps: gradient norms " + " ".join(f"{row['grad_norm']:.3f}" for row in log))
     require(3 <= clipped <= 7, f"{clipped} of ten steps are clipped; wanted some, not all")
     # What fp32 costs the same maths: a test of an fp32 trainer is told by this what is rounding.
     moved = {name: final[name] - start[name] for name in final}
@@ -274,10 +325,10 @@ def ten_step_files(params):
         "moved_relative_l2_max": max(relative(single[n].double() - start[n], moved[n])
                                      for n in final),
     }
-    print(f"ten steps: {clipped} clipped; the same in fp32 is off by {rounding}")
+    print(f"{version}, ten steps: {clipped} clipped; the same in fp32 is off by {rounding}")
     report = {"settings": c, "steps": log, "fp32_rounding": rounding}
     values = {"inputs": inputs, "targets": targets} | as_f32(final, "final.")
-    return {"rwkv4_ten_steps": values}, report
+    return {version + "_ten_steps": values}, report
 
 
 # ---- The wkv op alone --------------------------------------------------------------------------
@@ -387,24 +438,29 @@ def wkv4_files():
 def check_against_test_data():
     root = os.environ.get("ROOKERY_TEST_DATA")
     if not root:
-        print("ROOKERY_TEST_DATA is not set: rwkv4_synthetic not compared")
+        print("ROOKERY_TEST_DATA is not set: its synthetic models are not compared")
         return
-    folder = pathlib.Path(root) / "derived" / "rwkv4_synthetic"
-    load = lambda name: torch.load(folder / name, weights_only=True)
+    for prefix, length, logits_of in [("rwkv4_synthetic/", 20, ref.logits_of),
+                                      ("rwkv567_synthetic/v7_", 16, rwkv7_reference.logits_of)]:
+        check_against_synthetic(f"{root}/derived/{prefix}", prefix, length, logits_of)
+
+
+def check_against_synthetic(path, name, length, logits_of):
+    load = lambda file: torch.load(path + file, weights_only=True)
     params = as_f64(load("weights_fp32.pth"))
-    tokens = torch.tensor(np.fromfile(folder / "tokens_i32_2x21.bin", np.int32)).long().view(2, 21)
-    inputs, targets = tokens[:, :-1], tokens[:, 1:]
-    logits = torch.tensor(np.fromfile(folder / "logits_f64_2x20x48.bin")).view(2, 20, 48)
-    difference = (ref.forward(params, inputs)[0] - logits).abs().max().item()
-    require(difference < 1e-10, f"logits of rwkv4_synthetic differ by {difference:.1e}")
+    tokens = torch.tensor(np.fromfile(f"{path}tokens_i32_2x{length + 1}.bin", np.int32)).long()
+    inputs, targets = tokens.view(2, -1)[:, :-1], tokens.view(2, -1)[:, 1:]
+    logits = torch.tensor(np.fromfile(f"{path}logits_f64_2x{length}x48.bin")).view(2, length, 48)
+    difference = (logits_of(params, inputs) - logits).abs().max().item()
+    require(difference < 1e-10, f"logits of {name} differ by {difference:.1e}")
     worst = 0.0
     for file, factor in [("grads_ce_fp32.pth", 0.0), ("grads_ce_l2wrap_fp32.pth", L2WRAP)]:
-        _, gradients = ref.loss_and_gradients(params, inputs, targets, factor)
+        _, gradients = ref.loss_and_gradients(params, inputs, targets, factor, logits_of)
         expected = load(file)
         require(expected.keys() == gradients.keys(), f"{file} has other names")
-        worst = max([worst] + [relative(gradients[name], expected[name]) for name in expected])
-    require(worst < 1e-6, f"gradients of rwkv4_synthetic differ by {worst:.1e}")
-    print(f"rwkv4_synthetic: logits within {difference:.1e}, gradients within {worst:.1e} (fp32)")
+        worst = max([worst] + [relative(gradients[key], expected[key]) for key in expected])
+    require(worst < 1e-6, f"gradients of {name} differ by {worst:.1e}")
+    print(f"{name}: logits within {difference:.1e}, gradients within {worst:.1e} (fp32)")
 
 
 def main():
@@ -421,8 +477,14 @@ def main():
 
     files = odd_model_files() | wide_att_files()
     files |= gradient_files(files["rwkv4_odd"]) | wkv4_files()
-    ten_steps, report = ten_step_files(files["rwkv4_odd"])
-    files |= ten_steps
+    files["rwkv7_odd"] = random_rwkv7(seed=17, n_layer=3, vocab_size=61, n_embd=40, head_size=20,
+                                      dim_ffn=72, ranks={"w": 6, "a": 5, "v": 4, "g": 7})
+    require_every_tensor_matters(files["rwkv7_odd"], random_tokens(71, 61, 1, 37),
+                                 rwkv7_reference.logits_of)
+    reports = {}
+    for version, logits_of in [("rwkv4", ref.logits_of), ("rwkv7", rwkv7_reference.logits_of)]:
+        ten_steps, reports[version] = ten_step_files(version, files[version + "_odd"], logits_of)
+        files |= ten_steps
 
     for name, tensors in files.items():
         path = FOLDER / (name + ".safetensors")
@@ -437,10 +499,11 @@ def main():
         for key, value in tensors.items():
             require(there[key].dtype == value.dtype and there[key].shape == value.shape
                     and relative(there[key], value) < 1e-6, f"{path}: {key} differs")
-    path = FOLDER / "rwkv4_ten_steps.json"
-    if not check:
-        path.write_text(json.dumps(report, indent=1) + "\n")
-    else:
+    for version, report in reports.items():
+        path = FOLDER / (version + "_ten_steps.json")
+        if not check:
+            path.write_text(json.dumps(report, indent=1) + "\n")
+            continue
         for row, there in zip(report["steps"], json.loads(path.read_text())["steps"]):
             for key, value in row.items():
                 require(math.isclose(value, there[key], rel_tol=1e-9), f"{path}: {key} differs")

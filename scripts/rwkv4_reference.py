@@ -83,14 +83,18 @@ def forward(p, tokens_BT):
     return layer_norm(x_BTC, p, "ln_out") @ p["head.weight"].T, state
 
 
-def loss_and_gradients(params, tokens_BT, targets_BT, l2wrap=0.0):
+def logits_of(p, tokens_BT):
+    return forward(p, tokens_BT)[0]
+
+
+def loss_and_gradients(params, tokens_BT, targets_BT, l2wrap=0.0, logits_of=logits_of):
     """Mean cross-entropy and its gradient with respect to every tensor of params.
 
     With l2wrap = f, the gradient of the logits gets f / (B*T) * max logit at each position's
     largest logit, as RWKV-LM's L2Wrap does; the loss returned stays the plain cross-entropy.
     """
     p = {name: value.detach().clone().requires_grad_() for name, value in params.items()}
-    logits_BTV, _ = forward(p, tokens_BT)
+    logits_BTV = logits_of(p, tokens_BT)
     loss = F.cross_entropy(logits_BTV.flatten(0, 1), targets_BT.flatten())
     # d/dx (x^2 / 2) = x: half the square of each largest logit has L2Wrap's term as its gradient.
     penalty = 0.5 * l2wrap * (logits_BTV.max(-1).values ** 2).mean()

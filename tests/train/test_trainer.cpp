@@ -42,9 +42,17 @@ std::string make_corpus(const test::TempFolder& folder,
   return prefix;
 }
 
-RunConfig small_run(const test::TempFolder& folder, const std::string& run) {
+RunConfig small_run(const test::TempFolder& folder,
+                    const std::string& run,
+                    const std::string& version = "rwkv4") {
   RunConfig config;
-  config.model = {.n_layer = 2, .n_embd = 24, .dim_att = 32, .dim_ffn = 40, .ctx_len = 16};
+  config.model = {.version = version,
+                  .n_layer = 2,
+                  .n_embd = 24,
+                  .dim_att = version == "rwkv7" ? 24 : 32,
+                  .dim_ffn = 40,
+                  .head_size = version == "rwkv4" ? 0 : 8,
+                  .ctx_len = 16};
   config.data.train = folder.path("corpus");
   config.train.run_dir = folder.path(run);
   config.train.batch_size = 4;
@@ -72,11 +80,18 @@ std::string newest_file(const std::string& run_dir, const char* name) {
   return test::read_file(newest_checkpoint(run_dir).value() + "/" + name);
 }
 
-TEST(Trainer, LearnsWhatIsToBeLearnt) {
+// The trainer knows no version: what it does for one it does for all.
+class TrainerOf : public testing::TestWithParam<std::string> {};
+INSTANTIATE_TEST_SUITE_P(Versions,
+                         TrainerOf,
+                         testing::Values("rwkv4", "rwkv5", "rwkv6", "rwkv7"),
+                         [](const auto& named) { return named.param; });
+
+TEST_P(TrainerOf, LearnsWhatIsToBeLearnt) {
   for (const TrainDtype dtype : {TrainDtype::kFp32, TrainDtype::kBf16}) {
     const test::TempFolder folder;
     make_corpus(folder, "corpus", 4000);
-    RunConfig config = small_run(folder, "run");
+    RunConfig config = small_run(folder, "run", GetParam());
     config.train.dtype = dtype;
     config.train.total_steps = 150;
     Trainer(config).run();
@@ -88,10 +103,10 @@ TEST(Trainer, LearnsWhatIsToBeLearnt) {
   }
 }
 
-TEST(Trainer, GoesOnBitForBitFromACheckpoint) {
+TEST_P(TrainerOf, GoesOnBitForBitFromACheckpoint) {
   const test::TempFolder folder;
   make_corpus(folder, "corpus", 2000);
-  RunConfig config = small_run(folder, "whole");
+  RunConfig config = small_run(folder, "whole", GetParam());
   config.train.save_every_steps = 5;
   config.train.keep_checkpoints = 3;
   Trainer(config).run();
@@ -160,10 +175,10 @@ TEST(Trainer, LooksAtLayersAndHeadsWithoutAChangeToTheRun) {
   EXPECT_THAT(watched_steps, testing::ElementsAre(4, 8, 12));
 }
 
-TEST(Trainer, AccumulatesMicroBatchesToTheSameStep) {
+TEST_P(TrainerOf, AccumulatesMicroBatchesToTheSameStep) {
   const test::TempFolder folder;
   make_corpus(folder, "corpus", 2000);
-  RunConfig config = small_run(folder, "whole");
+  RunConfig config = small_run(folder, "whole", GetParam());
   Trainer(config).run();
   config.train.run_dir = folder.path("parts");
   config.train.micro_batch_size = 1;
