@@ -4,7 +4,7 @@
 #
 #   scripts/quickstart.sh [--version rwkv4|rwkv7] [FOLDER]
 #
-#   --version    of the model, default rwkv7; configs/VERSION_quickstart.toml describes it
+#   --version    of the model, default rwkv4; configs/VERSION_quickstart.toml describes it
 #   FOLDER       default runs/quickstart; everything made lies there. Another version in the same
 #                folder is trained from the same tokens, and the model that was there kept as
 #                model.old
@@ -21,7 +21,7 @@ usage() {
 }
 
 again="scripts/quickstart.sh${*:+ $*}"
-version=rwkv7
+version=rwkv4
 if [[ ${1-} == --version ]]; then
   version=${2-}
   [[ $version == rwkv4 || $version == rwkv7 ]] || usage
