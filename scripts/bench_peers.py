@@ -36,12 +36,15 @@ SHAPES = {
     "tiny": {"n_layer": 2, "n_embd": 64, "vocab": 300, "batch": 2, "ctx_len": 16},
 }
 DOCUMENT_BYTES = 4000
+VERSIONS = {"rwkv4": "RWKV-4", "rwkv7": "RWKV-7"}
 
 
 def parse_options():
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--program", default=ROOT / "build/release/bin/rookery")
+    parser.add_argument("--version", default="rwkv4", choices=VERSIONS,
+                        help="of steps and decoding; default %(default)s")
     parser.add_argument("--tables", default="step,decode,tokenizer,startup",
                         help="some of %(default)s")
     parser.add_argument("--shapes", default="S,M", help="of the steps: some of S,M,tiny")
@@ -136,9 +139,9 @@ def whole_process(command, repeats):
     return time_once
 
 
-def shape_arguments(shape):
-    return ["--shape", "S", "--n-layer", shape["n_layer"], "--n-embd", shape["n_embd"],
-            "--vocab", shape["vocab"]]
+def shape_arguments(options, shape):
+    return ["--shape", "S", "--version", options.version, "--n-layer", shape["n_layer"],
+            "--n-embd", shape["n_embd"], "--vocab", shape["vocab"]]
 
 
 def describe(shape):
@@ -151,33 +154,35 @@ def step_tables(options, _):
             shape = SHAPES[name]
             settings = {**shape, "dtype": dtype, "threads": options.threads,
                         "repeats": options.repeats}
-            arguments = ["step", *shape_arguments(shape), "--batch", shape["batch"],
+            arguments = ["step", *shape_arguments(options, shape), "--batch", shape["batch"],
                          "--ctx-len", shape["ctx_len"], "--dtype", dtype,
                          "--threads", options.threads, "--repeats", options.repeats]
             done = (shape["batch"] * shape["ctx_len"], "tokens/s")
             yield (f"Training step {name}, {describe(shape)} B{shape['batch']} "
                    f"T{shape['ctx_len']}, {dtype}", [
-                       Contender("rookery RWKV-4", ours(options, arguments), *done),
+                       Contender(f"rookery {VERSIONS[options.version]}",
+                                 ours(options, arguments), *done),
                        Contender("GPT, eager PyTorch", peer("gpt eager", settings), *done,
                                  "torch"),
                        Contender("GPT, compiled PyTorch", peer("gpt compiled", settings), *done,
                                  "torch"),
-                       Contender("RWKV-4, Hugging Face", peer("hugging face", settings), *done,
-                                 "transformers")])
+                       *([Contender("RWKV-4, Hugging Face", peer("hugging face", settings),
+                                    *done, "transformers")]
+                         if options.version == "rwkv4" else [])])
 
 
 def decode_tables(options, folder):
     shape = SHAPES[options.decode_shape]
     for dtype in options.dtypes:
         settings = {**shape, "dtype": dtype, "threads": options.threads, "folder": folder,
-                    "prompt_len": options.prompt_len}
-        arguments = ["decode", *shape_arguments(shape), "--prompt-len", options.prompt_len,
+                    "version": options.version, "prompt_len": options.prompt_len}
+        arguments = ["decode", *shape_arguments(options, shape), "--prompt-len", options.prompt_len,
                      "--dtype", dtype, "--threads", options.threads, "--repeats", 64]
         for row, what, tokens, repeats in ((1, "A token", 1, 64),
                                            (0, f"Prefill of {options.prompt_len} tokens",
                                             options.prompt_len, options.repeats)):
             name = "rwkv decode" if tokens == 1 else "rwkv prefill"
-            yield (f"{what}, RWKV-4 {describe(shape)}, {dtype}", [
+            yield (f"{what}, {VERSIONS[options.version]} {describe(shape)}, {dtype}", [
                 Contender("rookery", ours(options, arguments, row), tokens, "tokens/s"),
                 Contender("`rwkv` package", peer(name, {**settings, "repeats": repeats}),
                           tokens, "tokens/s", "rwkv")])

@@ -127,18 +127,51 @@ def write_rwkv4(torch, path, n_layer, n_embd, vocab):
     torch.save(weights, path)
 
 
+def write_rwkv7(torch, path, n_layer, n_embd, vocab):
+    """The same of RWKV-7, with heads of 64 channels and the author's ranks."""
+    generator = torch.Generator().manual_seed(1)
+
+    def matrix(rows, columns):
+        return torch.randn(rows, columns, generator=generator) / columns**0.5
+
+    def norm(name):
+        return {f"{name}.weight": torch.ones(n_embd), f"{name}.bias": torch.zeros(n_embd)}
+
+    weights = {"emb.weight": matrix(vocab, n_embd), "head.weight": matrix(vocab, n_embd),
+               **norm("blocks.0.ln0"), **norm("ln_out")}
+    for layer in range(n_layer):
+        block = f"blocks.{layer}"
+        weights |= norm(f"{block}.ln1") | norm(f"{block}.ln2") | norm(f"{block}.att.ln_x")
+        for name in ("att.x_r", "att.x_w", "att.x_k", "att.x_v", "att.x_a", "att.x_g", "att.w0",
+                     "att.a0", "att.v0", "att.k_k", "att.k_a", "ffn.x_k"):
+            weights[f"{block}.{name}"] = torch.rand(1, 1, n_embd, generator=generator)
+        weights[f"{block}.att.r_k"] = matrix(n_embd // 64, 64)
+        for name, factor in (("w", 2.5), ("a", 2.5), ("v", 1.7), ("g", 5)):
+            rank = max(32, 32 * round(factor * n_embd**0.5 / 32))
+            weights[f"{block}.att.{name}1"] = matrix(n_embd, rank)
+            weights[f"{block}.att.{name}2"] = matrix(rank, n_embd)
+        for name in ("receptance", "key", "value", "output"):
+            weights[f"{block}.att.{name}.weight"] = matrix(n_embd, n_embd)
+        weights[f"{block}.ffn.key.weight"] = matrix(4 * n_embd, n_embd)
+        weights[f"{block}.ffn.value.weight"] = matrix(n_embd, 4 * n_embd)
+    torch.save(weights, path)
+
+
 def rwkv_package(settings):
     """The model, and the ids of a prompt."""
     os.environ["RWKV_JIT_ON"] = "1"
+    os.environ["RWKV_V7_ON"] = "1" if settings["version"] == "rwkv7" else "0"
     import torch
 
     torch.set_num_threads(settings["threads"])
-    path = pathlib.Path(settings["folder"], "rwkv4.pth")
+    path = pathlib.Path(settings["folder"], f"{settings['version']}.pth")
     if not path.exists():
-        write_rwkv4(torch, path, settings["n_layer"], settings["n_embd"], settings["vocab"])
+        write = write_rwkv7 if settings["version"] == "rwkv7" else write_rwkv4
+        write(torch, path, settings["n_layer"], settings["n_embd"], settings["vocab"])
     from rwkv.model import RWKV
 
-    model = RWKV(model=str(path), strategy=f"cpu {settings['dtype']}", verbose=False)
+    # It adds the ending to the name of an RWKV-7 file.
+    model = RWKV(model=str(path.with_suffix("")), strategy=f"cpu {settings['dtype']}")
     return model, random_tokens(torch, settings["vocab"], settings["prompt_len"]).tolist()
 
 

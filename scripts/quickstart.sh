@@ -1,8 +1,13 @@
 #!/usr/bin/env bash
 # From a bare Debian 12 to a language model of one's own: sets up, builds, and takes the King James
-# Bible from text to tokens to a trained RWKV-4 to new text, on a CPU.
+# Bible from text to tokens to a trained RWKV to new text, on a CPU.
 #
-#   scripts/quickstart.sh [FOLDER]    default runs/quickstart; everything made lies there
+#   scripts/quickstart.sh [--version rwkv4|rwkv7] [FOLDER]
+#
+#   --version    of the model, default rwkv4; configs/VERSION_quickstart.toml describes it
+#   FOLDER       default runs/quickstart; everything made lies there. Another version in the same
+#                folder is trained from the same tokens, and the model that was there kept as
+#                model.old
 #
 # Run again, it goes on where it stopped: a stage is skipped if it once ended well with the same
 # command line, what it made is still there, and nothing it read is newer. The program itself does
@@ -10,16 +15,27 @@
 set -euo pipefail
 cd "$(dirname "$0")/.."
 
-if (($# > 1)) || [[ ${1-} == -* ]]; then
-  echo "usage: scripts/quickstart.sh [FOLDER]" >&2
+usage() {
+  echo "usage: scripts/quickstart.sh [--version rwkv4|rwkv7] [FOLDER]" >&2
   exit 2
+}
+
+again="scripts/quickstart.sh${*:+ $*}"
+version=rwkv4
+if [[ ${1-} == --version ]]; then
+  version=${2-}
+  [[ $version == rwkv4 || $version == rwkv7 ]] || usage
+  shift 2
 fi
+if (($# > 1)) || [[ ${1-} == -* ]]; then
+  usage
+fi
+readonly again version
 readonly run=${1:-runs/quickstart}
 readonly done_folder=$run/.done
 readonly rookery=build/release/bin/rookery
-readonly config=configs/rwkv4_quickstart.toml
+readonly config=configs/${version}_quickstart.toml
 readonly prompt="In the beginning"
-readonly again="scripts/quickstart.sh${1:+ $1}"
 
 current="set-up"
 report_failure() {

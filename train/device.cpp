@@ -56,6 +56,11 @@ OpenDevice open_device(const std::string& name, const std::string& asked_as) {
 }
 
 void move_to_device(RwkvModel& model, const OpenDevice& device) {
+  if (device.runtime != nullptr) {
+    if (const std::string reason = why_no_kernels(model->config()); !reason.empty()) {
+      throw std::invalid_argument(device.device.str() + ": " + reason);
+    }
+  }
   const int64_t n_embd = model->config().n_embd;
   if (device.runtime != nullptr && n_embd > device.runtime->max_channels()) {
     throw std::invalid_argument("n_embd = " + std::to_string(n_embd) + ": the kernels of " +

@@ -21,7 +21,7 @@ struct OpenDevice {
 // too old. One CUDA device a process.
 OpenDevice open_device(const std::string& name, const std::string& asked_as);
 
-// Throws std::invalid_argument if the device's ops are not for a model of that size.
+// Throws std::invalid_argument if the device's ops are not for a model of that version or size.
 void move_to_device(RwkvModel& model, const OpenDevice& device);
 
 }  // namespace rwkv

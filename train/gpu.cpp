@@ -1,11 +1,12 @@
 #include "train/gpu.h"
 
-#include <array>
+#include <algorithm>
 #include <charconv>
 #include <fstream>
 
 #include <dlfcn.h>
 #include <fmt/format.h>
+#include <fmt/ranges.h>
 
 namespace rwkv {
 namespace {
@@ -136,6 +137,24 @@ std::string why_not_usable(const GpuFacts& gpu, int index) {
         device.capability_major,
         device.capability_minor,
         kLeastCapabilityMajor);
+  }
+  return "";
+}
+
+std::string why_no_kernels(const ModelConfig& model) {
+  if (model.version == "rwkv4") {
+    return "";
+  }
+  if (model.version != "rwkv7") {
+    return "there are no CUDA kernels for " + model.version +
+           ", only for rwkv4 and rwkv7; use \"cpu\"";
+  }
+  if (std::ranges::find(kCudaHeadSizes, model.head_size) == kCudaHeadSizes.end()) {
+    return fmt::format(
+        "there are no CUDA kernels for model.head_size = {}, only for {}; use one of those, or "
+        "\"cpu\"",
+        model.head_size,
+        fmt::join(kCudaHeadSizes, ", "));
   }
   return "";
 }

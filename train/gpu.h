@@ -2,10 +2,13 @@
 // what is there and why it cannot be used.
 #pragma once
 
+#include <array>
 #include <cstdint>
 #include <string>
 #include <string_view>
 #include <vector>
+
+#include "model/model_config.h"
 
 namespace rwkv {
 
@@ -38,5 +41,12 @@ int cuda_index(std::string_view name);
 
 // Why GPU `index` cannot be trained on and what to do about it, as a sentence; empty if it can.
 std::string why_not_usable(const GpuFacts& gpu, int index);
+
+// Channels of a head that RWKV-7's CUDA kernels are for.
+inline constexpr std::array<int64_t, 3> kCudaHeadSizes{32, 64, 128};
+
+// Why CUDA kernels cannot compute a model, whose configuration is resolved, and what to do about
+// it; empty if they can. Needs no GPU.
+std::string why_no_kernels(const ModelConfig& model);
 
 }  // namespace rwkv

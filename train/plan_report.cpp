@@ -19,6 +19,10 @@ using ops::ceil_div;
 constexpr double kGb = 1e9;
 constexpr Recompute kRecomputes[] = {Recompute::kNone, Recompute::kMixes, Recompute::kBlocks};
 
+bool has_time(const PlanRequest& request) {
+  return request.gpu != nullptr && can_plan_time(request.config.model);
+}
+
 int64_t sequences_of_a_process(const PlanRequest& request) {
   return ceil_div(request.config.batch_sequences(), request.processes);
 }
@@ -40,7 +44,7 @@ PlanChoice choose(const PlanRequest& request,
                .freeze = config.optimizer.freeze},
       .memory = {}};
   choice.memory = plan_memory(choice.plan);
-  if (request.gpu != nullptr) {
+  if (has_time(request)) {
     choice.time = plan_time(choice.plan, *request.gpu);
     choice.tokens_per_s =
         static_cast<double>(config.tokens_per_step()) / choice.time.step_ms() * 1000;
@@ -137,13 +141,12 @@ std::string fitting_table(const PlanRequest& request, const RunPlan& plan) {
            "or larger GPUs, a smaller model, or a smaller model.ctx_len\n";
   }
   const bool has_stages = request.processes > 1;
-  const bool has_time = request.gpu != nullptr;
   std::string text = fmt::format("{:<10} {}{:>11} {:>9}{}\n",
                                  "recompute",
                                  has_stages ? "ZeRO " : "",
                                  "micro-batch",
                                  "GB",
-                                 has_time ? "  ms a step    tokens/s" : "");
+                                 has_time(request) ? "  ms a step    tokens/s" : "");
   for (size_t i = 0; i < plan.fitting.size(); ++i) {
     const PlanChoice& choice = plan.fitting[i];
     text += fmt::format("{:<10} ", name_of(choice.plan.recompute));
@@ -152,7 +155,7 @@ std::string fitting_table(const PlanRequest& request, const RunPlan& plan) {
     }
     text +=
         fmt::format("{:>11} {:>9.3f}", choice.plan.micro_batch_size, choice.memory.total() / kGb);
-    if (has_time) {
+    if (has_time(request)) {
       text += fmt::format("  {:>9.1f} {:>11}",
                           choice.time.step_ms(),
                           grouped(static_cast<uint64_t>(choice.tokens_per_s)));
@@ -168,6 +171,10 @@ std::string constants(const PlanRequest& request) {
   }
   const GpuRates& gpu = *request.gpu;
   const bool is_half = request.config.train.dtype == TrainDtype::kBf16;
+  if (!has_time(request)) {
+    return "speed is not planned for " + request.config.model.version +
+           "; rookery bench step --device cuda measures it\n";
+  }
   std::string text = fmt::format(
       "roofline: {:.0f} TFLOP/s in {} products, {:.0f} GB/s of memory, {:.2f} of either, {:.0f} us "
       "a call ({})\n",
@@ -208,7 +215,7 @@ nlohmann::ordered_json choice_as_json(const PlanRequest& request, const PlanChoi
       {"peak", choice.memory.peak == MemoryPeak::kLoss ? "loss" : "backward"},
       {"bytes", bytes},
       {"total_bytes", static_cast<int64_t>(choice.memory.total())}};
-  if (request.gpu != nullptr) {
+  if (has_time(request)) {
     json["compute_ms"] = choice.time.compute_ms;
     json["exchange_ms"] = choice.time.exchange_ms;
     json["step_ms"] = choice.time.step_ms();
@@ -286,7 +293,7 @@ std::string plan_as_text(const PlanRequest& request, const RunPlan& plan) {
   std::string text = describe_model(request, plan.configured) + "\n" + describe_device(request) +
                      ": " + describe_choice(request, plan.configured) + "\n\n" +
                      memory_table(request, plan.configured);
-  if (request.gpu != nullptr) {
+  if (has_time(request)) {
     text += describe_time(plan.configured);
     if (request.processes > 1) {
       text +=
@@ -315,7 +322,7 @@ std::string plan_as_json(const PlanRequest& request, const RunPlan& plan) {
   if (plan.best) {
     json["best"] = *plan.best;
   }
-  if (request.gpu != nullptr) {
+  if (has_time(request)) {
     const GpuRates& gpu = *request.gpu;
     json["constants"] = {{"bf16_flops_per_s", gpu.bf16_flops_per_s},
                          {"fp32_flops_per_s", gpu.fp32_flops_per_s},

@@ -108,6 +108,10 @@ double bus_bytes_per_s(const GpuRates& gpu, int64_t processes) {
   return processes > kGpusPerMachine ? kNetworkBytesPerSecond : gpu.link_bytes_per_s;
 }
 
+bool can_plan_time(const ModelConfig& model) {
+  return model.version == "rwkv4";
+}
+
 TimePlan plan_time(const StepPlan& plan, const GpuRates& gpu) {
   const bool is_half = plan.dtype == TrainDtype::kBf16;
   const StepRates rates{

@@ -50,6 +50,9 @@ struct TimePlan {
   double step_ms() const { return compute_ms + exchange_ms; }
 };
 
+// Whether the ops of a step of this version are in the model of a step.
+bool can_plan_time(const ModelConfig& model);
+
 // `plan` is of PlanDevice::kCuda. With stage 2 each micro-batch's gradients are reduced, into the
 // shards; otherwise the sum of all is, once. Throws as plan_memory().
 TimePlan plan_time(const StepPlan& plan, const GpuRates& gpu);

@@ -21,6 +21,8 @@
 #include "model/version_shapes.h"
 #include "model/weights.h"
 #include "train/checkpoint.h"
+#include "train/config_value.h"
+#include "train/gpu.h"
 #include "train/model_sizes.h"
 #include "train/model_tokenizer.h"
 #include "train/run_folder.h"
@@ -110,6 +112,11 @@ RunConfig resolve_run_config(RunConfig config) {
   }
   find_version_shapes(config.model.version).resolve(config.model);
   config.model.validate();
+  if (config.train.device != "cpu") {
+    if (const std::string reason = why_no_kernels(config.model); !reason.empty()) {
+      reject_value("train.device", to_config_text(std::string_view(config.train.device)), reason);
+    }
+  }
   return config;
 }
 

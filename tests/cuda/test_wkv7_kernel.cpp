@@ -6,6 +6,7 @@
 
 #include "cuda/wkv7_kernel.h"
 #include "tests/cuda/kernel_test.h"
+#include "train/gpu.h"
 
 namespace rwkv::test {
 namespace {
@@ -330,6 +331,13 @@ TYPED_TEST(Wkv7Kernel, RefusesOtherHeadSizes) {
   Wkv7Backward<TypeParam> backward{};
   backward.in.sizes = {1, 1, 1, 48};
   EXPECT_EQ(launch_wkv7_backward(backward, nullptr), cudaErrorInvalidValue);
+}
+
+TEST(Wkv7HeadSizes, AreThoseThatATrainerIsToldOf) {
+  for (int64_t N = 1; N <= 256; ++N) {
+    EXPECT_EQ(is_wkv7_head_size(N), std::ranges::find(kCudaHeadSizes, N) != kCudaHeadSizes.end())
+        << N;
+  }
 }
 
 }  // namespace

@@ -3,6 +3,7 @@
 Run by ctest as: test_bad_input.py PATH_OF_ROOKERY.
 """
 
+import math
 import os
 import pathlib
 import pickle
@@ -399,7 +400,7 @@ class Config(BadInput):
         self.refuses_config(self.changed("n_embd = 32", 'n_embd = "32"'),
                             "bad.toml:4: model.n_embd = ", "(a string)", "expected an integer")
         self.refuses_config(self.changed("rwkv4", "rwkv44"),
-                            'model.version = "rwkv44"', "known are rwkv4")
+                            'model.version = "rwkv44"', "known are rwkv7, rwkv6, rwkv5, rwkv4")
         self.refuses_config(self.changed("n_embd = 32", "n_embd = 32\nhead_size = 8"),
                             "model.head_size = 8", "leave the key out")
         self.refuses_config(self.changed("total_steps = 2", "# none"),
@@ -415,6 +416,31 @@ class Config(BadInput):
     def test_that_asks_for_another_device(self):
         self.refuses_config(self.changed("threads = 1", 'threads = 1\ndevice = "gpu"'),
                             'train.device = "gpu"', 'expected "cpu", "cuda", or "cuda:1"')
+
+    def test_that_asks_for_a_gpu_that_has_no_kernels_for_the_model(self):
+        train = "train --config new.toml --set train.device=cuda:1 --set model.version="
+        for version in ("rwkv5", "rwkv6"):
+            self.refuses(f"{train}{version} --set model.head_size=32", USAGE,
+                         f'train.device = "cuda:1": there are no CUDA kernels for {version}',
+                         'use "cpu"')
+        self.refuses(f"{train}rwkv7 --set model.head_size=16", USAGE,
+                     "no CUDA kernels for model.head_size = 16, only for 32, 64, 128")
+
+    def test_of_a_version_that_its_keys_do_not_fit(self):
+        def refuses(version, keys, *words):
+            text = "\n".join([f'version = "{version}"', *keys])
+            self.refuses_config(self.changed('version = "rwkv4"', text), *words)
+        for version, width in (("rwkv5", "dim_att"), ("rwkv6", "dim_att"), ("rwkv7", "n_embd")):
+            refuses(version, ["head_size = 12"],
+                    f"model.{width} = 32: must be a multiple of model.head_size, 12")
+            refuses(version, [], f"model.{width} = 32", "model.head_size, 64")
+            refuses(version, ["head_size = -8"], "bad.toml:3: model.head_size = -8",
+                    "must be 0 or more")
+        refuses("rwkv7", ["dim_att = 64", "head_size = 8"],
+                "model.dim_att = 64: rwkv7 has n_embd = 32; leave the key out")
+        for version, key in (("rwkv4", "rank_decay"), ("rwkv5", "rank_decay"),
+                             ("rwkv6", "rank_gate"), ("rwkv7", "rank_mix")):
+            refuses(version, [f"{key} = 8"], f"model.{key} = 8: {version} has none; leave the key out")
 
     @unittest.skipIf(pathlib.Path("/proc/driver/nvidia/version").exists(), "there is a driver here")
     def test_that_asks_for_a_gpu_where_there_is_none(self):
@@ -525,7 +551,7 @@ class OnLoad:
         return os.system, (self.command,)
 
 
-class Weights(BadInput):
+class WeightFile(BadInput):
     def all_refuse(self, name, *words):
         for command in (f"logits --model {name} --tokens 1", f"convert {name} out.pth"):
             self.refuses(command, FAILED, *words)
@@ -534,6 +560,8 @@ class Weights(BadInput):
         """As all_refuse() does, where one command stands for all, or only models are refused."""
         self.refuses(f"logits --model {name} --tokens 1", FAILED, *words)
 
+
+class Weights(WeightFile):
     def test_of_many_tensors_are_converted_in_time(self):
         name = "a.long.name.that.all.of.the.tensors.begin.with"
         support.write_safetensors(self.path("many.safetensors"),
@@ -625,18 +653,122 @@ class Weights(BadInput):
                            "changed.safetensors: blocks.0.att.ln_y.weight is unexpected")
 
     def test_of_an_rwkv_version_that_is_not_known(self):
-        vectors = ("x_r", "x_w", "x_k", "x_v", "x_a", "x_g", "w0", "a0", "r_k")
+        vectors = ("x_r", "x_w", "x_k", "x_v", "x_a", "x_g", "w0", "a0")
         tensors = {f"blocks.0.att.{name}": ("F32", [32], b"\0" * 128) for name in vectors}
         tensors["emb.weight"] = ("F32", [256, 32], b"\0" * 256 * 128)
-        support.write_safetensors(self.path("v7.safetensors"), tensors)
-        self.models_refuse("v7.safetensors", "v7.safetensors: ", "no RWKV version known here",
-                           "rwkv4")
+        support.write_safetensors(self.path("v8.safetensors"), tensors)
+        self.models_refuse("v8.safetensors", "v8.safetensors: holds 9 tensors of no RWKV version "
+                           "known here; known are rwkv7, rwkv6, rwkv5, rwkv4")
         support.write_safetensors(self.path("empty.safetensors"), {})
         self.models_refuse("empty.safetensors", "empty.safetensors: ", "no RWKV version")
 
     def test_that_hold_no_numbers_of_a_model(self):
         name = self.change({"emb.weight": ("I64", [256, 32], b"\0" * 256 * 32 * 8)})
         self.models_refuse(name, "changed.safetensors: emb.weight", "i64")
+
+
+def zeros(*shape):
+    return "F32", list(shape), bytes(4 * math.prod(shape))
+
+
+class WeightsOfVersions(WeightFile):
+    """Each message names the file, what is wrong in it, and what was expected."""
+
+    @classmethod
+    def setUpClass(cls):
+        heads = {"head_size": 8}
+        keys = {"rwkv4": {}, "rwkv5": heads, "rwkv6": {**heads, "rank_mix": 4, "rank_decay": 6},
+                "rwkv7": {**heads, "rank_decay": 4, "rank_iclr": 6, "rank_value": 10,
+                          "rank_gate": 12}}
+        cls.models = {}
+        for version, more in keys.items():
+            with tempfile.TemporaryDirectory() as folder:
+                folder = pathlib.Path(folder)
+                config = support.small_run(
+                    {"train": str(base / "bytes")}, total_steps=1,
+                    model={"version": version, "dim_ffn": 64, **more})
+                support.write_config(folder / "run.toml", **config)
+                rookery("train", "--config", "run.toml", cwd=folder)
+                rookery("convert", "run", "model.safetensors", cwd=folder)
+                cls.models[version] = support.read_safetensors(folder / "model.safetensors")
+
+    def refuses_change(self, version, changes, *words):
+        """The model of that version with some tensors changed: {name: tensor, or None}."""
+        tensors = self.models[version] | changes
+        support.write_safetensors(self.path("model.safetensors"),
+                                  {name: tensor for name, tensor in tensors.items() if tensor})
+        self.models_refuse("model.safetensors", "model.safetensors: ", *words)
+
+    def block(self, version, layer):
+        return {name: tensor for name, tensor in self.models[version].items()
+                if name.startswith(f"blocks.{layer}.")}
+
+    def test_that_are_whole_run(self):
+        for model in self.models.values():
+            support.write_safetensors(self.path("model.safetensors"), model)
+            rookery("logits", "--model", "model.safetensors", "--tokens", "1", cwd=self.folder)
+
+    def test_that_lack_a_tensor(self):
+        common = set.intersection(*(set(model) for model in self.models.values()))
+        for version in self.models:
+            for name in self.block(version, 1).keys() - common:
+                self.refuses_change(version, {name: None}, f"{name} is missing", version)
+        self.refuses_change("rwkv7", {"blocks.0.att.r_k": None}, "no RWKV version known here")
+
+    def test_with_a_tensor_too_many(self):
+        for version in self.models:
+            for name in ("blocks.1.att.more.weight", "blocks.2.ln2.bias", "more"):
+                self.refuses_change(version, {name: zeros(32)},
+                                    f"{name} is unexpected in a model of version {version}")
+        # RWKV-7a's, which is another model.
+        self.refuses_change("rwkv7", {"blocks.0.ffn.s0": zeros(1, 1, 64)},
+                            "blocks.0.ffn.s0 is unexpected")
+
+    def test_that_mix_versions(self):
+        for version in self.models:
+            for other in self.models.keys() - {version}:
+                without = {name: None for name in self.block(version, 1)}
+                # A tensor that is missing or of another shape.
+                self.refuses_change(version, without | self.block(other, 1), "blocks.1.att.")
+        self.refuses_change("rwkv7", self.models["rwkv4"] | self.models["rwkv7"],
+                            "is unexpected in a model of version rwkv7")
+
+    def test_whose_heads_do_not_divide(self):
+        for version, name in (("rwkv5", "time_faaaa"), ("rwkv6", "time_faaaa"), ("rwkv7", "r_k")):
+            name = f"blocks.0.att.{name}"
+            self.refuses_change(version, {name: zeros(3, 10)}, f"{name} has heads of 10 channels",
+                                "expected a divisor of the 32")
+            self.refuses_change(version, {name: zeros(4, 0)}, f"{name} has heads of 0 channels")
+            self.refuses_change(version, {name: zeros(32)}, f"{name} has 1 axes, expected 2")
+            self.refuses_change(version, {name: zeros(2, 16)}, "blocks.1.att.", "is [4, 8]",
+                                "expected [2, 16]")
+
+    def test_of_odd_ranks(self):
+        for name, rank in (("w", 4), ("a", 6), ("v", 10), ("g", 12)):
+            name = f"blocks.1.att.{name}"
+            self.refuses_change("rwkv7", {f"{name}1": zeros(32, 5)},
+                                f"{name}1 is [32, 5], expected [32, {rank}]")
+            self.refuses_change("rwkv7", {f"{name}2": zeros(5, 32)},
+                                f"{name}2 is [5, 32], expected [{rank}, 32]")
+            self.refuses_change("rwkv7", {f"{name}1": zeros(32)}, f"{name}1 is [32]")
+        self.refuses_change("rwkv6", {"blocks.0.att.time_maa_w1": zeros(32, 21)},
+                            "time_maa_w1 has 21 columns, expected a multiple of 5")
+        self.refuses_change("rwkv6", {"blocks.0.att.time_maa_w2": zeros(5, 5, 32)},
+                            "time_maa_w2 is [5, 5, 32], expected [5, 4, 32]")
+        self.refuses_change("rwkv6", {"blocks.1.att.time_decay_w2": zeros(7, 32)},
+                            "time_decay_w2 is [7, 32], expected [6, 32]")
+
+    def test_of_another_version_than_the_configuration(self):
+        for version, model in self.models.items():
+            support.write_safetensors(self.path("model.safetensors"), model)
+            for other in self.models.keys() - {version}:
+                support.write_config(
+                    self.path("bad.toml"), init={"from": "model.safetensors"},
+                    model={"version": other, "ctx_len": 32}, data={"train": "bytes"},
+                    train={"run_dir": "new", "batch_size": 2, "total_steps": 1})
+                self.refuses("train --config bad.toml", USAGE,
+                             f'model.version = "{other}": but model.safetensors is {version}; '
+                             "leave the key out")
 
 
 if __name__ == "__main__":

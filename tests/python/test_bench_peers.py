@@ -60,6 +60,23 @@ class BenchPeers(support.Folder):
                 for name in contenders.keys() - set(present):
                     self.assertIn(f"{table['title']}: {name} is skipped", done.stderr)
 
+    def test_times_rwkv7_beside_the_rwkv_package(self):
+        for package in ("torch", "rwkv"):
+            if not is_installed(package):
+                support.missing(package)
+        done = subprocess.run(
+            [sys.executable, SCRIPT, "--program", support.command_line()[0], "--skip-missing",
+             "--version", "rwkv7", "--tables", "step,decode", "--without", "compiled",
+             "--shapes", "tiny", "--decode-shape", "tiny", "--dtypes", "fp32", "--rounds", "1",
+             "--repeats", "1", "--prompt-len", "4", "--threads", "1",
+             "--json", self.folder / "out.json"],
+            env=support.environment(), capture_output=True, text=True, check=False)
+        self.assertEqual(done.returncode, 0, done.stderr)
+        tables = json.loads((self.folder / "out.json").read_text())["tables"]
+        self.assertEqual([[row["what"] for row in table["rows"]] for table in tables],
+                         [["rookery RWKV-7", "GPT, eager PyTorch"], [*DECODE], [*DECODE]])
+        self.assertIn("RWKV-7 L2 D64", tables[1]["title"])
+
 
 if __name__ == "__main__":
     support.main()

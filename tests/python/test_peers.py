@@ -5,6 +5,9 @@ fails it.
 """
 
 import collections
+import contextlib
+import importlib
+import io
 import os
 import pathlib
 import tempfile
@@ -13,30 +16,62 @@ import unittest
 import support
 from support import rookery
 
-# No size divides another, so that a transposed or a mixed-up tensor cannot fit.
-MODEL = {"version": "rwkv4", "n_layer": 3, "n_embd": 24, "dim_ffn": 56, "vocab_size": 260,
-         "ctx_len": 32}
+# No size divides another but that of a head, so that a transposed or a mixed-up tensor cannot fit.
+MODEL = {"n_layer": 3, "n_embd": 24, "dim_ffn": 56, "vocab_size": 260, "ctx_len": 32}
 TOKENS = [72, 101, 32, 119, 101, 110, 116, 46, 10, 0, 255] + [7 * i % 251 for i in range(53)]
 
 
-def expected_shapes():
-    c, f, v = MODEL["n_embd"], MODEL["dim_ffn"], MODEL["vocab_size"]
+def shapes_of_upstream(model):
+    """Names and shapes of RWKV-LM's state_dict: what its load_state_dict() takes, which is strict."""
+    c, f, v = model["n_embd"], model["dim_ffn"], model["vocab_size"]
     shapes = {"emb.weight": (v, c), "head.weight": (v, c),
               "ln_out.weight": (c,), "ln_out.bias": (c,),
               "blocks.0.ln0.weight": (c,), "blocks.0.ln0.bias": (c,)}
-    for layer in range(MODEL["n_layer"]):
-        of_block = {"ln1.weight": (c,), "ln1.bias": (c,), "ln2.weight": (c,), "ln2.bias": (c,),
-                    "att.time_decay": (c,), "att.time_first": (c,),
-                    "ffn.key.weight": (f, c), "ffn.value.weight": (c, f),
-                    "ffn.receptance.weight": (c, c)}
-        for name in ("k", "v", "r"):
-            of_block[f"att.time_mix_{name}"] = (1, 1, c)
-        for name in ("k", "r"):
-            of_block[f"ffn.time_mix_{name}"] = (1, 1, c)
-        for name in ("key", "value", "receptance", "output"):
-            of_block[f"att.{name}.weight"] = (c, c)
-        shapes |= {f"blocks.{layer}.{name}": shape for name, shape in of_block.items()}
-    return shapes
+    of_block = {"ln1.weight": (c,), "ln1.bias": (c,), "ln2.weight": (c,), "ln2.bias": (c,),
+                "att.receptance.weight": (c, c), "att.key.weight": (c, c),
+                "att.value.weight": (c, c), "att.output.weight": (c, c),
+                "ffn.key.weight": (f, c), "ffn.value.weight": (c, f)}
+    if model["version"] != "rwkv7":
+        of_block["ffn.receptance.weight"] = (c, c)
+    if model["version"] != "rwkv4":
+        heads = (c // model["head_size"], model["head_size"])
+        of_block |= {"att.ln_x.weight": (c,), "att.ln_x.bias": (c,)}
+    mix = (1, 1, c)
+    if model["version"] == "rwkv4":
+        of_block |= {"att.time_decay": (c,), "att.time_first": (c,)}
+        of_block |= {f"att.time_mix_{name}": mix for name in "kvr"}
+        of_block |= {f"ffn.time_mix_{name}": mix for name in "kr"}
+    elif model["version"] == "rwkv5":
+        of_block |= {"att.time_decay": heads, "att.time_faaaa": heads, "att.gate.weight": (c, c)}
+        of_block |= {f"att.time_mix_{name}": mix for name in "kvrg"}
+        of_block |= {f"ffn.time_mix_{name}": mix for name in "kr"}
+    elif model["version"] == "rwkv6":
+        rank, decay = model["rank_mix"], model["rank_decay"]
+        of_block |= {f"att.time_maa_{name}": mix for name in "xwkvrg"}
+        of_block |= {f"ffn.time_maa_{name}": mix for name in "kr"}
+        of_block |= {"att.time_maa_w1": (c, 5 * rank), "att.time_maa_w2": (5, rank, c),
+                     "att.time_decay": mix, "att.time_decay_w1": (c, decay),
+                     "att.time_decay_w2": (decay, c), "att.time_faaaa": heads,
+                     "att.gate.weight": (c, c)}
+    else:
+        of_block |= {f"att.x_{name}": mix for name in "rwkvag"} | {"ffn.x_k": mix}
+        of_block |= {f"att.{name}": mix for name in ("w0", "a0", "v0", "k_k", "k_a")}
+        for name, rank in (("w", "decay"), ("a", "iclr"), ("v", "value"), ("g", "gate")):
+            of_block |= {f"att.{name}1": (c, model[f"rank_{rank}"]),
+                         f"att.{name}2": (model[f"rank_{rank}"], c)}
+        of_block["att.r_k"] = heads
+    return shapes | {f"blocks.{layer}.{name}": shape
+                     for layer in range(model["n_layer"]) for name, shape in of_block.items()}
+
+
+def load_in_package(version, path):
+    """The model in the `rwkv` package, on the CPU in fp32; asked for RWKV-7 it is another program."""
+    os.environ["RWKV_JIT_ON"] = "0"
+    os.environ["RWKV_V7_ON"] = "1" if version == "rwkv7" else "0"
+    with contextlib.redirect_stdout(io.StringIO()):
+        upstream = importlib.reload(support.package("rwkv.model"))
+        # Of RWKV-7's files it adds the ending itself, of the others' where it is missing.
+        return upstream.RWKV(model=path.removesuffix(".pth"), strategy="cpu fp32")
 
 
 def bits(tensor):
@@ -45,7 +80,12 @@ def bits(tensor):
     return tensor.detach().contiguous().reshape(-1).view(torch.uint8).numpy().tobytes()
 
 
-class TrainedModel(unittest.TestCase):
+class TrainedModel:
+    # Of each version below.
+    model = {}
+    # Tensors that nothing reads and that no gradient comes to.
+    unused = ()
+
     @classmethod
     def setUpClass(cls):
         cls.torch = support.package("torch")
@@ -56,7 +96,7 @@ class TrainedModel(unittest.TestCase):
         rookery("tokenize", "--tokenizer", "bytes", "--output", "text", "text.txt",
                 cwd=cls.folder)
         support.write_config(cls.folder / "run.toml", **support.small_run(
-            {"train": "text"}, model=MODEL, total_steps=100))
+            {"train": "text"}, model=cls.model, total_steps=100))
         rookery("train", "--config", "run.toml", cwd=cls.folder)
         rookery("convert", "run", "model.pth", cwd=cls.folder)
 
@@ -75,7 +115,8 @@ class TrainedModel(unittest.TestCase):
     def test_has_learnt_in_every_tensor(self):
         # The rest of this file says little of a model whose inner matrices are still zero.
         weights = self.load("model.pth")
-        for name, tensor in weights.items():
+        for name in weights.keys() - set(self.unused):
+            tensor = weights[name]
             self.assertGreater(tensor.abs().max().item(), 1e-3, name)
             self.assertGreater(tensor.float().std().item(), 1e-4, name)
 
@@ -83,7 +124,7 @@ class TrainedModel(unittest.TestCase):
         weights = self.load("model.pth")
         self.assertIs(type(weights), collections.OrderedDict)
         self.assertEqual({name: tuple(tensor.shape) for name, tensor in weights.items()},
-                         expected_shapes())
+                         shapes_of_upstream(self.model))
         self.assertEqual({tensor.dtype for tensor in weights.values()}, {self.torch.float32})
 
     def test_loads_in_safetensors_as_it_does_in_torch(self):
@@ -128,9 +169,7 @@ class TrainedModel(unittest.TestCase):
                 self.assertTrue(self.torch.equal(self.our_logits(name), expected))
 
     def test_gives_the_same_logits_in_the_rwkv_package(self):
-        os.environ["RWKV_JIT_ON"] = "0"
-        upstream = support.package("rwkv.model")
-        model = upstream.RWKV(model=self.path("model.pth"), strategy="cpu fp32", verbose=False)
+        model = load_in_package(self.model["version"], self.path("model.pth"))
         expected, _ = model.forward(TOKENS, None, full_output=True)
         for mode in ("parallel", "recurrent"):
             with self.subTest(mode):
@@ -141,9 +180,7 @@ class TrainedModel(unittest.TestCase):
         self.assertGreater((alone - expected[-1]).abs().max().item(), 0.5)
 
     def test_continues_a_prompt_as_the_rwkv_package_does(self):
-        os.environ["RWKV_JIT_ON"] = "0"
-        upstream = support.package("rwkv.model")
-        model = upstream.RWKV(model=self.path("model.pth"), strategy="cpu fp32", verbose=False)
+        model = load_in_package(self.model["version"], self.path("model.pth"))
         prompt = b"The little"
         logits, state = model.forward(list(prompt), None)
         theirs = bytearray(prompt)
@@ -155,6 +192,25 @@ class TrainedModel(unittest.TestCase):
                        "--prompt", prompt.decode(), "--length", 80, "--temperature", 0,
                        cwd=self.folder)
         self.assertEqual(ours, bytes(theirs) + b"\n")
+
+
+class Rwkv4(TrainedModel, unittest.TestCase):
+    model = {**MODEL, "version": "rwkv4"}
+
+
+class Rwkv5(TrainedModel, unittest.TestCase):
+    model = {**MODEL, "version": "rwkv5", "head_size": 8}
+
+
+class Rwkv6(TrainedModel, unittest.TestCase):
+    model = {**MODEL, "version": "rwkv6", "head_size": 8, "rank_mix": 5,
+             "rank_decay": 7}
+
+
+class Rwkv7(TrainedModel, unittest.TestCase):
+    model = {**MODEL, "version": "rwkv7", "head_size": 8, "rank_decay": 5, "rank_iclr": 7,
+             "rank_value": 9, "rank_gate": 11}
+    unused = [f"blocks.0.att.v{i}" for i in range(3)]
 
 
 if __name__ == "__main__":

@@ -17,24 +17,27 @@ class Plan(support.Folder):
         return json.loads(support.rookery("plan", "--config", self.folder / "run.toml", *arguments,
                                           "--json", "-"))
 
-    # Layers, width, vocabulary, sequences, tokens each, dtype, recompute, micro-batches.
+    # Version, layers, width, vocabulary, sequences, tokens each, dtype, recompute, micro-batches.
     STEPS = (
-        (6, 384, 256, 4, 256, "fp32", "none", 1),
-        (8, 256, 2048, 8, 256, "bf16", "none", 1),
-        (4, 256, 8192, 16, 128, "fp32", "mixes", 1),
-        (12, 256, 1024, 8, 128, "bf16", "blocks", 1),
-        (3, 512, 4096, 4, 256, "bf16", "mixes", 3),
-        (2, 448, 20000, 3, 96, "fp32", "none", 2),
+        ("rwkv4", 6, 384, 256, 4, 256, "fp32", "none", 1),
+        ("rwkv4", 8, 256, 2048, 8, 256, "bf16", "none", 1),
+        ("rwkv4", 4, 256, 8192, 16, 128, "fp32", "mixes", 1),
+        ("rwkv4", 12, 256, 1024, 8, 128, "bf16", "blocks", 1),
+        ("rwkv4", 3, 512, 4096, 4, 256, "bf16", "mixes", 3),
+        ("rwkv4", 2, 448, 20000, 3, 96, "fp32", "none", 2),
         # Logits that are larger than the holes that a block's forward leaves.
-        (8, 192, 5000, 16, 256, "bf16", "blocks", 1),
+        ("rwkv4", 8, 192, 5000, 16, 256, "bf16", "blocks", 1),
+        ("rwkv7", 6, 384, 256, 4, 256, "fp32", "none", 1),
+        ("rwkv7", 8, 256, 2048, 8, 256, "bf16", "none", 1),
     )
 
     def test_has_the_bytes_that_steps_on_this_cpu_take(self):
         self.config()
         for step in self.STEPS:
-            layers, width, vocab, batch, ctx_len, dtype, recompute, micro_batches = step
+            version, layers, width, vocab, batch, ctx_len, dtype, recompute, micro_batches = step
             with self.subTest(step):
                 plan = self.plan(
+                    "--set", f"model.version={version}",
                     "--set", f"model.n_layer={layers}", "--set", f"model.n_embd={width}",
                     "--set", f"model.vocab_size={vocab}", "--set", f"model.ctx_len={ctx_len}",
                     "--set", f"train.batch_size={batch * micro_batches}",
@@ -42,10 +45,10 @@ class Plan(support.Folder):
                     "--set", f"train.dtype={dtype}", "--set", f"train.recompute={recompute}",
                     "--gpus", 0)["configured"]
                 (row,) = json.loads(support.rookery(
-                    "bench", "step", "--shape", "S", "--n-layer", layers, "--n-embd", width,
-                    "--vocab", vocab, "--batch", batch, "--ctx-len", ctx_len, "--dtype", dtype,
-                    "--recompute", recompute, "--micro-batches", micro_batches, "--repeats", 1,
-                    "--threads", 1, "--json", "-"))
+                    "bench", "step", "--shape", "S", "--version", version, "--n-layer", layers,
+                    "--n-embd", width, "--vocab", vocab, "--batch", batch, "--ctx-len", ctx_len,
+                    "--dtype", dtype, "--recompute", recompute, "--micro-batches", micro_batches,
+                    "--repeats", 1, "--threads", 1, "--json", "-"))
                 self.assertEqual(plan["micro_batches"], micro_batches)
                 self.assertAlmostEqual(row["tokens_per_s"] * row["median_ms"] / 1000,
                                        batch * ctx_len * micro_batches, delta=1e-3)
@@ -69,6 +72,16 @@ class Plan(support.Folder):
         self.assertEqual(on_gpu["memory_bytes"], 80e9)
         self.assertGreater(on_gpu["configured"]["tokens_per_s"], 0)
         self.assertEqual(self.plan("--gpus", 4, "--gpu", "h200")["memory_bytes"], 141e9)
+
+    def test_of_rwkv7_has_bytes_on_a_gpu_but_no_speed(self):
+        self.config(version="rwkv7", head_size=32)
+        plan = self.plan("--gpus", 2)
+        self.assertEqual(plan["device"], "h100")
+        self.assertNotIn("tokens_per_s", plan["configured"])
+        self.assertGreater(plan["configured"]["bytes"]["activations"], 0)
+        text = support.rookery("plan", "--config", self.folder / "run.toml", "--gpus", 2).decode()
+        self.assertIn("speed is not planned for rwkv7", text)
+        self.assertNotIn("tokens/s", text)
 
     def test_takes_sizes_of_memory_in_every_way_to_write_them(self):
         self.config()
@@ -162,7 +175,10 @@ class Plan(support.Folder):
         self.refuses(*config, "--set", "model.n_embed=3", words=["n_embed", "n_embd"])
         for large in ("model.n_layer=2000000000", "model.n_embd=500000000"):
             self.refuses(*config, "--set", large, words=["00000000", "too large to plan"])
-        self.refuses(*config, "--set", "model.version=rwkv7", words=["rwkv7", "rwkv4"])
+        self.refuses(*config, "--set", "model.version=rwkv6", "--set", "model.head_size=8",
+                     words=["rwkv6", "only rwkv4 and rwkv7"])
+        self.refuses(*config, "--gpus", 1, "--set", "model.version=rwkv7", "--set",
+                     "model.head_size=16", words=["--gpus 1", "no CUDA kernels", "32, 64, 128"])
         self.refuses(*config, "--set", "model.vocab_size=0", words=["model.vocab_size"])
         self.refuses(*config, "--set", 'optimizer.freeze=["emb"]', words=["optimizer.freeze"])
 

@@ -49,6 +49,21 @@ TEST(WhyNotUsable, NamesAnOldGpu) {
               HasSubstr("GPU 0, NVIDIA V100, has compute capability 7.0, expected 8.0"));
 }
 
+TEST(WhyNoKernels, IsNothingForWhatAGpuTrains) {
+  EXPECT_EQ(why_no_kernels({.version = "rwkv4"}), "");
+  for (const int64_t head_size : kCudaHeadSizes) {
+    EXPECT_EQ(why_no_kernels({.version = "rwkv7", .head_size = head_size}), "");
+  }
+}
+
+TEST(WhyNoKernels, NamesTheVersionOrTheSizeOfHeads) {
+  EXPECT_EQ(why_no_kernels({.version = "rwkv6", .head_size = 64}),
+            "there are no CUDA kernels for rwkv6, only for rwkv4 and rwkv7; use \"cpu\"");
+  EXPECT_EQ(why_no_kernels({.version = "rwkv7", .head_size = 16}),
+            "there are no CUDA kernels for model.head_size = 16, only for 32, 64, 128; use one of "
+            "those, or \"cpu\"");
+}
+
 TEST(DeviceName, IsCpuOrCudaWithOrWithoutANumber) {
   for (const char* name : {"cpu", "cuda", "cuda:0", "cuda:12"}) {
     EXPECT_TRUE(is_device_name(name)) << name;

@@ -150,9 +150,10 @@ TEST_F(PlanMemory, RefusesPatternsThatFreezeNothingOrAll) {
 }
 
 TEST_F(PlanMemory, RefusesAnotherVersion) {
-  plan_.model.version = "rwkv7";
+  plan_.model.version = "rwkv6";
+  plan_.model.head_size = 32;
   EXPECT_THAT([&] { plan_memory(plan_); },
-              ThrowsMessage<std::invalid_argument>(HasSubstr("model.version = \"rwkv7\"")));
+              ThrowsMessage<std::invalid_argument>(HasSubstr("model.version = \"rwkv6\"")));
 }
 
 // ---- Exchange -----------------------------------------------------------------------------------

@@ -11,6 +11,7 @@
 #include "model/formats/format_registry.h"
 #include "model/version_shapes.h"
 #include "train/commands/commands.h"
+#include "train/gpu.h"
 #include "train/machine.h"
 #include "train/model_sizes.h"
 #include "train/plan_report.h"
@@ -91,11 +92,11 @@ void resolve_model(RunConfig& config) {
                                 "\", whose tokenizer would say it, is not there; add --set "
                                 "model.vocab_size=N");
   }
-  if (model.version != "rwkv4") {
-    throw std::invalid_argument("model.version = \"" + model.version +
-                                "\": only \"rwkv4\" can be planned");
-  }
   find_version_shapes(model.version).resolve(model);
+  if (!can_plan_memory(model)) {
+    throw std::invalid_argument("model.version = \"" + model.version +
+                                "\": only rwkv4 and rwkv7 can be planned");
+  }
   model.validate();
   require_some_size(model);
 }
@@ -126,6 +127,11 @@ PlanRequest request_of(const cxxopts::ParseResult& parsed) {
                          : gpus > 0 ? gpu.memory_bytes
                                     : static_cast<double>(describe_machine().memory_bytes);
   resolve_model(request.config);
+  if (gpus > 0) {
+    if (const std::string reason = why_no_kernels(request.config.model); !reason.empty()) {
+      throw std::invalid_argument("--gpus " + std::to_string(gpus) + ": " + reason);
+    }
+  }
   return request;
 }
 
