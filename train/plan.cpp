@@ -59,8 +59,8 @@ void add_states(const StepPlan& plan, MemoryPlan& memory) {
   }
 }
 
-// On a CPU, where processes exchange parts with each other (train/distributed/communicator.cpp): the
-// others' parts of the buckets that are under way, from ZeRO stage 1 on.
+// On a CPU, where processes exchange parts with each other (train/distributed/communicator.cpp):
+// the others' parts of the buckets that are under way, from ZeRO stage 1 on.
 double exchange_bytes(const StepPlan& plan) {
   if (on_gpu(plan) || plan.processes == 1 || plan.zero_stage == 0) {
     return 0;
