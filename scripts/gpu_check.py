@@ -537,6 +537,8 @@ class Report:
         begin = time.monotonic()
         if self.failed(("kernels",)):
             timing["left_out"] = "kernels failed"
+        elif not pathlib.Path(runner.program("bench_wkv4_kernels")).exists():
+            timing["left_out"] = "is not in the build"
         else:
             done = runner.run("bench_wkv4_kernels")
             if done.returncode == 0:

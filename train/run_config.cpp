@@ -41,7 +41,7 @@ ConfigSection model_section(ModelConfig& m) {
            "of rwkv6's time_maa_w1, time_maa_w2; absent: the author's"},
           {"rank_decay",
            AbsentIfZero{&m.rank_decay},
-           "of rwkv7's w1, w2 and rwkv6's time_decay_w1, time_decay_w2; absent: the author's"},
+           "of the decay's factors (rwkv6, rwkv7); absent: the author's"},
           {"rank_iclr", AbsentIfZero{&m.rank_iclr}, "of rwkv7's a1, a2; absent: the author's"},
           {"rank_value", AbsentIfZero{&m.rank_value}, "the same of v1, v2"},
           {"rank_gate", AbsentIfZero{&m.rank_gate}, "the same of g1, g2"},
