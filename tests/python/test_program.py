@@ -465,7 +465,7 @@ class Bench(support.Folder):
             self.assertGreater(row["backward_ms"], 0)
         rows = self.rows("decode", *self.TINY, "--prompt-len", 7, "--dtype", "bf16")
         self.assertEqual([row["what"] for row in rows],
-                         ["prefill of 7 L1 D24 V50 bf16", "decode a token L1 D24 V50 bf16"])
+                         ["prefill of 7 rwkv4 L1 D24 V50 bf16", "decode a token rwkv4 L1 D24 V50 bf16"])
 
     def test_of_a_step_writes_its_timeline(self):
         trace = self.folder / "trace.json"
