@@ -10,10 +10,13 @@
 namespace rwkv {
 namespace {
 
-// Ops that have one kernel for all devices, or that the model calls on the CPU alone.
+// Ops that have one kernel for all devices, or that the model calls on the CPU alone: RWKV-5.2 and
+// 6, whose wkv6 is, are refused on another device before they run.
 bool is_for_every_device(const c10::OperatorHandle& op) {
+  const std::string& name = op.operator_name().name;
   return op.hasKernelForDispatchKey(c10::DispatchKey::CompositeExplicitAutograd) ||
-         op.operator_name().name == "rookery::few_rows_linear";
+         name == "rookery::few_rows_linear" || name == "rookery::wkv6" ||
+         name == "rookery::wkv6_backward";
 }
 
 TEST(CudaLibrary, HasAKernelForEveryOp) {

