@@ -3,9 +3,8 @@
 #include <ATen/ATen.h>
 
 #include "model/initial_values.h"
-#include "model/ops/gated_residual.h"
-#include "model/ops/relu_squared.h"
 #include "model/ops/wkv6.h"
+#include "model/rwkv4.h"
 
 namespace rwkv {
 namespace {
@@ -102,27 +101,6 @@ TimeMixOutput Rwkv5TimeMix::forward(const TimeMixInput& input) {
           .wkv = wkv.state_BHNN};
 }
 
-Rwkv5ChannelMix::Rwkv5ChannelMix(const ModelConfig& config)
-    : time_mix_k(register_parameter("time_mix_k", at::empty({1, 1, config.n_embd}))),
-      time_mix_r(register_parameter("time_mix_r", at::empty({1, 1, config.n_embd}))),
-      key(config.dim_ffn, config.n_embd),
-      receptance(config.n_embd, config.n_embd),
-      value(config.n_embd, config.dim_ffn) {
-  register_module("key", key);
-  register_module("receptance", receptance);
-  register_module("value", value);
-}
-
-at::Tensor Rwkv5ChannelMix::mixes() const {
-  return at::cat({time_mix_k, time_mix_r}).flatten(1);
-}
-
-at::Tensor Rwkv5ChannelMix::forward(const at::Tensor& residual_BTC,
-                                    const std::vector<at::Tensor>& mixed_J) {
-  const at::Tensor k_BTF = ops::relu_squared_(key(mixed_J[0]));
-  return ops::gated_residual(residual_BTC, receptance(mixed_J[1]), value(k_BTF));
-}
-
 ModelVersion rwkv5_version() {
   return {
       .name = "rwkv5",
@@ -130,7 +108,7 @@ ModelVersion rwkv5_version() {
         return std::make_shared<Rwkv5TimeMix>(config);
       },
       .make_channel_mix = [](const ModelConfig& config, int64_t) -> std::shared_ptr<ChannelMix> {
-        return std::make_shared<Rwkv5ChannelMix>(config);
+        return std::make_shared<Rwkv4ChannelMix>(config);
       },
       .initial_wkv = &initial_head_states,
       .initialise = &initialise,

@@ -3,7 +3,7 @@
 // Symbols: x the normalised input, x' its token shift, X_c = x time_mix_c + x' (1 - time_mix_c).
 //   TimeMix:    r = Wr X_r, k = Wk X_k, v = Wv X_v, g = silu(Wg X_g)
 //               y = Wo (GroupNorm(wkv6(r, time_decay, k, v, time_faaaa); ln_x, by head) g)
-//   ChannelMix: y = sigmoid(Wr X_r) Wv relu(Wk X_k)^2
+//   ChannelMix: RWKV-4's (model/rwkv4.h)
 // Source: RWKV-5 and -6, "Eagle and Finch", arXiv:2404.05892; BlinkDL/RWKV-LM RWKV-v5/src/model.py.
 #pragma once
 
@@ -29,19 +29,6 @@ struct Rwkv5TimeMix : TimeMix {
 
  private:
   double group_norm_eps_;
-};
-
-struct Rwkv5ChannelMix : ChannelMix {
-  explicit Rwkv5ChannelMix(const ModelConfig& config);
-  // Rows k, r.
-  at::Tensor mixes() const override;
-  at::Tensor forward(const at::Tensor& residual_BTC,
-                     const std::vector<at::Tensor>& mixed_J) override;
-
-  at::Tensor time_mix_k, time_mix_r;  // [1, 1, C]
-  Matrix key;                         // [F, C]
-  Matrix receptance;                  // [C, C]
-  Matrix value;                       // [C, F]
 };
 
 // The registry's row.
