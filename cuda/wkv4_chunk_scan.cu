@@ -81,6 +81,7 @@ TileSums tile_sums_at(float* scratch, const Plan& plan, int64_t B, int64_t A) {
 template <typename Element, Task kTask>
 struct ChunkWalk {
   static constexpr bool kSumsOnly = kTask == Task::kTileSums;
+  static constexpr bool kPublishes = kSumsOnly;
 
   int64_t b;
   int64_t first_channel;
@@ -137,23 +138,14 @@ struct ChunkWalk {
     __syncwarp();
   }
   __device__ __forceinline__ void publish(int step, int channel, const TileTotal& total) const {
-    if constexpr (kSumsOnly) {
-      const int64_t tile_of_all = b * tiles + tile(step);
-      const int64_t c = first_channel + channel;
-      store_sums(tile_sums.of(tile_of_all, dim), dim, c, total.sums);
-      if (c == 0) {
-        tile_sums.has_start[tile_of_all] = total.has_start ? 1.0f : 0.0f;
-      }
+    const int64_t tile_of_all = b * tiles + tile(step);
+    const int64_t c = first_channel + channel;
+    store_sums(tile_sums.of(tile_of_all, dim), dim, c, total.sums);
+    if (c == 0) {
+      tile_sums.has_start[tile_of_all] = total.has_start ? 1.0f : 0.0f;
     }
   }
   __device__ __forceinline__ void meet() const {}
-  template <Direction>
-  __device__ __forceinline__ Sums
-  cross(int step, int, float w2, int64_t T, const TileTotal& total, Sums& running) const {
-    const Sums incoming = running;
-    running = across_tile(incoming, w2, tile_len_of(tile(step), T), total);
-    return incoming;
-  }
   __device__ __forceinline__ bool ends_sequence() const {
     return end == tiles;
   }

@@ -53,6 +53,7 @@ struct ClusterShared {
 template <typename Element, Direction kWay>
 struct ClusterWalk {
   static constexpr bool kSumsOnly = false;
+  static constexpr bool kPublishes = true;
 
   int64_t b;
   int64_t first_channel;
@@ -139,9 +140,8 @@ struct ClusterWalk {
     cluster_barrier();
   }
   // Every block goes through all totals, and so knows what leaves the step.
-  template <Direction>
   __device__ __forceinline__ Sums
-  cross(int step, int channel, float w2, int64_t T, const TileTotal&, Sums& running) const {
+  cross(int step, int channel, float w2, int64_t T, Sums& running) const {
     Sums incoming = running;
     for (int i = 0; i < cluster_len; ++i) {
       const int from = kWay == Direction::kForward ? i : cluster_len - 1 - i;

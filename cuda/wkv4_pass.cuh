@@ -9,11 +9,11 @@
 //                         the adjoint of its final state
 //   start(step, ...)      starts copying a step's inputs, by all threads; nothing for step = steps
 //   wait(step)            until they are there for the warp, or the block
-//   publish(step, ...)    a thread hands out its channel's total of the tile
-//   meet()                by all threads: totals of all blocks that share the sequence can be read
-//   cross(...)            returns what enters this block's tile, and moves `running` beyond the
-//   tiles
-//                         of the step
+//   kPublishes            whether other blocks, or kernels, need the totals of its tiles:
+//     publish(step, ...)  a thread hands out its channel's
+//     meet()              by all threads: totals of all blocks that share the sequence can be read
+//     cross(...)          returns what enters this block's tile, and moves `running` beyond the
+//                         tiles of the step; not with kSumsOnly
 //   ends_sequence(), begins_sequence()   whether `running` has passed the last tile, or the first
 #pragma once
 
@@ -25,6 +25,29 @@ namespace rwkv::wkv4 {
 __device__ __forceinline__ int tile_len_of(int64_t tile, int64_t seq_len) {
   const int64_t rest = seq_len - tile * kTileLen;
   return rest < 0 ? 0 : rest < kTileLen ? static_cast<int>(rest) : kTileLen;
+}
+
+// A thread's channel enters the tile of a step: `table` gets what enters each sub-chunk, and
+// `running` moves beyond the tile. Returns what it was before.
+template <Direction kDirection, typename Walk>
+__device__ __forceinline__ Sums enter(const Walk& walk,
+                                      SumTable& table,
+                                      const uint32_t* starts,
+                                      int step,
+                                      float w2,
+                                      int64_t seq_len,
+                                      Sums& running) {
+  const int channel = static_cast<int>(threadIdx.x);
+  const int tile_len = tile_len_of(walk.tile(step), seq_len);
+  Sums incoming = running;
+  if constexpr (Walk::kPublishes) {
+    incoming = walk.cross(step, channel, w2, seq_len, running);
+  }
+  const TileTotal total = spread<kDirection>(table, starts, channel, w2, tile_len, incoming);
+  if constexpr (!Walk::kPublishes) {
+    running = across_tile(incoming, w2, tile_len, total);
+  }
+  return incoming;
 }
 
 // ---- Forward ------------------------------------------------------------------------------------
@@ -95,37 +118,39 @@ __device__ __forceinline__ void forward_pass(const Wkv4Forward<Element>& args,
     }
     __syncthreads();
     const int channel = static_cast<int>(threadIdx.x);
-    TileTotal total{};
-    if (sums_channel) {
-      total = total_of<Direction::kForward>(shared.states, shared.starts, channel, w2, tile_len);
-      walk.publish(step, channel, total);
-    }
-    walk.meet();
-    if constexpr (Walk::kSumsOnly) {
-      __syncthreads();
-      continue;
-    }
-    if (sums_channel) {
-      const Sums incoming =
-          walk.template cross<Direction::kForward>(step, channel, w2, args.T, total, state);
-      if (carries != nullptr && tile < tiles) {
-        store_sums(carries + tile * 3 * dim, dim, summed, incoming);
+    if constexpr (Walk::kPublishes) {
+      if (sums_channel) {
+        walk.publish(
+            step,
+            channel,
+            total_of<Direction::kForward>(shared.states, shared.starts, channel, w2, tile_len));
       }
-      spread<Direction::kForward>(shared.states, shared.starts, channel, w2, tile_len, incoming);
+      walk.meet();
+    }
+    if constexpr (!Walk::kSumsOnly) {
+      if (sums_channel) {
+        const Sums incoming =
+            enter<Direction::kForward>(walk, shared.states, shared.starts, step, w2, args.T, state);
+        if (carries != nullptr && tile < tiles) {
+          store_sums(carries + tile * 3 * dim, dim, summed, incoming);
+        }
+      }
     }
     __syncthreads();
-    Sums before[kNum];
-    lane.get(shared.states, before);
-    Column<Element> gate{};
-    if constexpr (kGate) {
-      gate = own_column<Element>(inputs[2]);
+    if constexpr (!Walk::kSumsOnly) {
+      Sums before[kNum];
+      lane.get(shared.states, before);
+      Column<Element> gate{};
+      if constexpr (kGate) {
+        gate = own_column<Element>(inputs[2]);
+      }
+      write_averages<kGate>(chunk,
+                            gate,
+                            channels,
+                            range,
+                            before,
+                            lane.output(args.y + row, tile * kTileLen, dim, words));
     }
-    write_averages<kGate>(chunk,
-                          gate,
-                          channels,
-                          range,
-                          before,
-                          lane.output(args.y + row, tile * kTileLen, dim, words));
   }
 
   if (!Walk::kSumsOnly && sums_channel && walk.ends_sequence()) {
@@ -235,18 +260,19 @@ __device__ __forceinline__ void backward_pass(const Wkv4Backward<Element>& args,
     sum_adjoints<kGate, !Walk::kSumsOnly>(chunk, inputs, channels, range, before, kept, sums);
     lane.set(shared.adjoints, sums);
     __syncthreads();
-    TileTotal total{};
-    if (sums_channel) {
-      total = total_of<Direction::kBackward>(shared.adjoints, shared.starts, channel, w2, tile_len);
-      walk.publish(step, channel, total);
+    if constexpr (Walk::kPublishes) {
+      if (sums_channel) {
+        walk.publish(
+            step,
+            channel,
+            total_of<Direction::kBackward>(shared.adjoints, shared.starts, channel, w2, tile_len));
+      }
+      walk.meet();
     }
-    walk.meet();
     if constexpr (!Walk::kSumsOnly) {
       if (sums_channel) {
-        const Sums incoming =
-            walk.template cross<Direction::kBackward>(step, channel, w2, args.T, total, adjoint);
-        spread<Direction::kBackward>(
-            shared.adjoints, shared.starts, channel, w2, tile_len, incoming);
+        enter<Direction::kBackward>(
+            walk, shared.adjoints, shared.starts, step, w2, args.T, adjoint);
       }
     }
     __syncthreads();

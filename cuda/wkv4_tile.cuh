@@ -668,6 +668,19 @@ struct TileTotal {
   Sums sums;
   bool has_start;
 };
+__device__ __forceinline__ void add_sub_chunk(bool has_start,
+                                              float fade,
+                                              Sums own,
+                                              TileTotal& total) {
+  total.sums = has_start ? own : combined(total.sums, fade, own);
+  total.has_start = total.has_start || has_start;
+}
+template <Direction kDirection>
+__device__ __forceinline__ TileTotal finished(const TileTotal& total) {
+  return {
+      kDirection == Direction::kForward ? rescaled_state(total.sums) : rescaled_adjoint(total.sums),
+      total.has_start};
+}
 template <Direction kDirection>
 __device__ __forceinline__ TileTotal
 total_of(const SumTable& table, const uint32_t* starts, int channel, float w2, int tile_len) {
@@ -676,14 +689,12 @@ total_of(const SumTable& table, const uint32_t* starts, int channel, float w2, i
 #pragma unroll 2
   for (int i = 0; i < kSubs; ++i) {
     const int sub = kDirection == Direction::kForward ? i : kSubs - 1 - i;
-    const Sums own = table.get(sub, channel);
-    const float fade = w2 * static_cast<float>(tokens_of(sub, tile_len));
-    total.sums = starts[sub] != 0 ? own : combined(total.sums, fade, own);
-    total.has_start = total.has_start || starts[sub] != 0;
+    add_sub_chunk(starts[sub] != 0,
+                  w2 * static_cast<float>(tokens_of(sub, tile_len)),
+                  table.get(sub, channel),
+                  total);
   }
-  total.sums =
-      kDirection == Direction::kForward ? rescaled_state(total.sums) : rescaled_adjoint(total.sums);
-  return total;
+  return finished<kDirection>(total);
 }
 
 // What leaves a tile of that total when `incoming` enters it.
@@ -695,10 +706,12 @@ __device__ __forceinline__ Sums across_tile(Sums incoming,
                          : combined(incoming, w2 * static_cast<float>(tile_len), total.sums);
 }
 
-// Replaces the sums of each sub-chunk by what enters it.
+// Replaces the sums of each sub-chunk by what enters it. Returns the tile's total as total_of()
+// does: its chain runs beside the other, and costs nothing where nobody asks for it.
 template <Direction kDirection>
-__device__ __forceinline__ void spread(
+__device__ __forceinline__ TileTotal spread(
     SumTable& table, const uint32_t* starts, int channel, float w2, int tile_len, Sums incoming) {
+  TileTotal total{nothing(), false};
 // Not more at once: backward has few registers left here.
 #pragma unroll 2
   for (int i = 0; i < kSubs; ++i) {
@@ -706,8 +719,11 @@ __device__ __forceinline__ void spread(
     const Sums own = table.get(sub, channel);
     table.set(sub, channel, incoming);
     const float fade = w2 * static_cast<float>(tokens_of(sub, tile_len));
-    incoming = starts[sub] != 0 ? own : combined(incoming, fade, own);
+    const bool has_start = starts[sub] != 0;
+    incoming = has_start ? own : combined(incoming, fade, own);
+    add_sub_chunk(has_start, fade, own, total);
   }
+  return finished<kDirection>(total);
 }
 
 // Bit i: a document starts at token i of this lane's sub-chunk. By whole warps; `own` is whether it
