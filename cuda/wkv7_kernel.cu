@@ -1,16 +1,19 @@
 // wkv7, forward and backward. Source and equations: model/ops/wkv7.h.
 //
-// Launch shape: a block owns 32 lines of a head's state, N / 32 threads a line, each with 32 of its
-// numbers in registers; 1, 2 or 4 neighbouring lanes add up their parts. Tokens come through shared
-// memory in blocks of 16 or 8. Of a line's numbers a thread has four neighbours out of every N / 8,
-// so that the lanes of a warp read neighbouring words.
+// Launch shape: a block owns 32 lines of a head's state; a thread has 8 numbers of 2 of them in
+// registers, and N / 8 neighbouring lanes add up their parts. With 4 lines a thread reads half as
+// much, but a token's chain (the update, the sums, u for the next token) is longer, and it is what
+// everything waits for. Tokens come through shared memory in blocks of 32 or 8. Of a line's numbers
+// a thread has four neighbours out of every N / 2, so that the lanes of a warp read neighbouring
+// words.
 //
 // Lines are rows (values) in forward and in backward_rows, which goes back through D in the same
 // way and leaves dv and du. They are columns (keys) in backward_columns, which has the sums over
 // values: it goes back through D once more, with du known, and through the states: from one that
-// forward kept, or that it makes again from there, eight steps back by dividing by w.
+// forward kept every 32 tokens, or made again on the way to the next, eight steps back by dividing
+// by w.
 //
-// Floor, multiply-adds a number of the state and token: forward 5, backward 5 and 11, and 4.5 for
+// Floor, multiply-adds a number of the state and token: forward 5, backward 5 and 11, and 2.25 for
 // the states made again.
 #include "cuda/launch.h"
 #include "cuda/vector_io.cuh"
@@ -19,9 +22,10 @@
 namespace rwkv {
 namespace {
 
-constexpr int kLines = 32;    // of a block
-constexpr int kPerLane = 32;  // numbers of a line that a thread has
-constexpr int kRowTokens = 16;
+constexpr int kLines = 32;       // of a block
+constexpr int kThreadLines = 2;  // that a thread has a part of
+constexpr int kNumbers = 8;      // of that part
+constexpr int kRowTokens = 32;
 constexpr int kColumnTokens = 8;
 // Of a multiprocessor, at least: 168 and 255 registers each. With more nvcc reads so far ahead that
 // it spills.
@@ -39,16 +43,20 @@ __device__ __forceinline__ float decay_of(float gate) {
   return fast_exp2(gate * -kMostDecayLog2);
 }
 
+// Of its lines, a thread's parts.
+using Part = float[kThreadLines][kNumbers];
+
 // What a thread is in charge of.
 template <int kSize>
 struct Place {
-  static constexpr int kParts = kSize / kPerLane;
+  static constexpr int kParts = kSize / kNumbers;
   static constexpr int kBlocks = kSize / kLines;  // of a head
-  static constexpr int kThreads = kLines * kParts;
+  static constexpr int kThreads = kLines / kThreadLines * kParts;
+  static constexpr int kSharers = kParts / kThreadLines;  // lanes that end with the same line's sum
 
   __device__ explicit Place(const Wkv7Sizes& sizes)
       : part(static_cast<int>(threadIdx.x) % kParts),
-        own(static_cast<int>(threadIdx.x) / kParts),
+        own(static_cast<int>(threadIdx.x) / kParts * kThreadLines),
         line(static_cast<int>(blockIdx.x) % kBlocks * kLines + own),
         number(static_cast<int64_t>(blockIdx.x) / kBlocks),
         row(number / sizes.H),
@@ -56,39 +64,147 @@ struct Place {
         head_first(number % sizes.H * kSize),
         first(row * sizes.T * n_embd + head_first) {}
 
-  int part;        // of the line
-  int own;         // the line's place among the block's
-  int line;        // of the head's state
+  int part;        // of the lines
+  int own;         // the first line's place among the block's
+  int line;        // and of the head's state
   int64_t number;  // of the head, over all batch rows
   int64_t row;     // of the batch
   int64_t n_embd;
   int64_t head_first;  // channel of the head
   int64_t first;       // element of the head's first channel in a tensor, of the row's first token
   __device__ __forceinline__ int first_line() const { return line - own; }
+  // Which of the thread's lines own_line_sum() is of, and whether this lane is the one to store it.
+  __device__ __forceinline__ int summed() const { return part / kSharers; }
+  __device__ __forceinline__ bool stores() const { return part % kSharers == 0; }
 };
 
-// Calls work(e, four) for the thread's 32 numbers, four neighbours at a time: numbers e ... e + 3
-// of its own are numbers four ... four + 3 of the line.
-template <int kSize, typename Work>
-__device__ __forceinline__ void for_own_fours(int part, const Work& work) {
-#pragma unroll
-  for (int e = 0; e < kPerLane; e += 4) {
-    work(e, e * Place<kSize>::kParts + part * 4);
-  }
-}
-__device__ __forceinline__ void load4(const float* from, float (&x)[4]) {
+// Neighbours, of a place that is aligned to them.
+__device__ __forceinline__ void load(const float* from, float (&x)[4]) {
   const float4 packed = *reinterpret_cast<const float4*>(from);
   x[0] = packed.x, x[1] = packed.y, x[2] = packed.z, x[3] = packed.w;
 }
+__device__ __forceinline__ void load(const float* from, float (&x)[2]) {
+  const float2 packed = *reinterpret_cast<const float2*>(from);
+  x[0] = packed.x, x[1] = packed.y;
+}
+__device__ __forceinline__ void store(const float (&x)[4], float* to) {
+  *reinterpret_cast<float4*>(to) = make_float4(x[0], x[1], x[2], x[3]);
+}
+__device__ __forceinline__ void store(const float (&x)[2], float* to) {
+  *reinterpret_cast<float2*>(to) = make_float2(x[0], x[1]);
+}
 
-// The sum of a line's parts, the same bits in all of its lanes.
+// Calls work(e, four) for the thread's numbers of a line, four neighbours at a time: e ... e + 3 of
+// its own are four ... four + 3 of the line.
+template <int kSize, typename Work>
+__device__ __forceinline__ void for_own_fours(int part, const Work& work) {
+#pragma unroll
+  for (int e = 0; e < kNumbers; e += 4) {
+    work(e, e * Place<kSize>::kParts + part * 4);
+  }
+}
+template <int kCount>
+__device__ __forceinline__ void fill(float value, float (&x)[kCount]) {
+#pragma unroll
+  for (int i = 0; i < kCount; ++i) {
+    x[i] = value;
+  }
+}
+__device__ __forceinline__ void fill(float value, Part& m) {
+#pragma unroll
+  for (int line = 0; line < kThreadLines; ++line) {
+    fill(value, m[line]);
+  }
+}
+
+// Of a matrix [N, N] in memory, the lines as columns: m[line][e] is matrix[four + e][line].
+template <int kSize>
+__device__ __forceinline__ void load_columns(const float* matrix, const Place<kSize>& at, Part& m) {
+  for_own_fours<kSize>(at.part, [&](int e, int four) {
+#pragma unroll
+    for (int i = 0; i < 4; ++i) {
+      float x[kThreadLines];
+      load(matrix + (four + i) * kSize + at.line, x);
+#pragma unroll
+      for (int line = 0; line < kThreadLines; ++line) {
+        m[line][e + i] = x[line];
+      }
+    }
+  });
+}
+template <int kSize>
+__device__ __forceinline__ void store_columns(const Part& m,
+                                              const Place<kSize>& at,
+                                              float* matrix) {
+  for_own_fours<kSize>(at.part, [&](int e, int four) {
+#pragma unroll
+    for (int i = 0; i < 4; ++i) {
+      float x[kThreadLines];
+#pragma unroll
+      for (int line = 0; line < kThreadLines; ++line) {
+        x[line] = m[line][e + i];
+      }
+      store(x, matrix + (four + i) * kSize + at.line);
+    }
+  });
+}
+// The lines as rows.
+template <int kSize>
+__device__ __forceinline__ void load_rows(const float* matrix, const Place<kSize>& at, Part& m) {
+  for_own_fours<kSize>(at.part, [&](int e, int four) {
+#pragma unroll
+    for (int line = 0; line < kThreadLines; ++line) {
+      float x[4];
+      load(matrix + (at.line + line) * kSize + four, x);
+#pragma unroll
+      for (int i = 0; i < 4; ++i) {
+        m[line][e + i] = x[i];
+      }
+    }
+  });
+}
+template <int kSize>
+__device__ __forceinline__ void store_rows(const Part& m, const Place<kSize>& at, float* matrix) {
+  for_own_fours<kSize>(at.part, [&](int e, int four) {
+#pragma unroll
+    for (int line = 0; line < kThreadLines; ++line) {
+      const float x[4] = {m[line][e], m[line][e + 1], m[line][e + 2], m[line][e + 3]};
+      store(x, matrix + (at.line + line) * kSize + four);
+    }
+  });
+}
+
+// The sums of all parts of the thread's lines, the same bits in all lanes that have one.
 template <int kParts>
-__device__ __forceinline__ float line_sum(float x) {
+__device__ __forceinline__ void sum_lines(float (&x)[kThreadLines]) {
 #pragma unroll
   for (int distance = kParts / 2; distance > 0; distance /= 2) {
-    x += __shfl_xor_sync(kAllLanes, x, distance);
+#pragma unroll
+    for (int line = 0; line < kThreadLines; ++line) {
+      x[line] += __shfl_xor_sync(kAllLanes, x[line], distance);
+    }
   }
-  return x;
+}
+// Of one of the thread's lines only, Place::summed(): with each step a lane gives half of its lines
+// away.
+template <int kParts>
+__device__ __forceinline__ float own_line_sum(float (&x)[kThreadLines], int part) {
+  int distance = kParts / 2;
+#pragma unroll
+  for (int half = kThreadLines / 2; half > 0; half /= 2, distance /= 2) {
+    const bool is_upper = (part & distance) != 0;
+#pragma unroll
+    for (int i = 0; i < half; ++i) {
+      const float given = is_upper ? x[i] : x[i + half];
+      const float kept = is_upper ? x[i + half] : x[i];
+      x[i] = kept + __shfl_xor_sync(kAllLanes, given, distance);
+    }
+  }
+#pragma unroll
+  for (; distance > 0; distance /= 2) {
+    x[0] += __shfl_xor_sync(kAllLanes, x[0], distance);
+  }
+  return x[0];
 }
 
 // Calls work(place among the tokens, channel) for every eighth of kTokens x kChannels cells, shared
@@ -142,48 +258,40 @@ __device__ __forceinline__ int smaller(int64_t x, int y) {
   return x < y ? static_cast<int>(x) : y;
 }
 
-// One token's way through a line: m = m decay + first first_keys + second second_keys; the sums of
-// m with both queries.
+// One token's way through the thread's lines: m = m decay + second second_keys + first first_keys;
+// the thread's parts of the sums of m with both queries. `first` is the last to be known.
 template <int kSize>
-__device__ __forceinline__ void advance(float (&line)[kPerLane],
+__device__ __forceinline__ void advance(Part& m,
                                         int part,
                                         const float* decay,
-                                        float first,
+                                        const float (&first)[kThreadLines],
                                         const float* first_keys,
-                                        float second,
+                                        const float (&second)[kThreadLines],
                                         const float* second_keys,
                                         const float* first_query,
                                         const float* second_query,
-                                        float& first_sum,
-                                        float& second_sum) {
-  float first_sums[4] = {}, second_sums[4] = {};
+                                        float (&first_sums)[kThreadLines],
+                                        float (&second_sums)[kThreadLines]) {
+  fill(0.0f, first_sums);
+  fill(0.0f, second_sums);
   for_own_fours<kSize>(part, [&](int e, int four) {
     float w[4], x[4], z[4], p[4], q[4];
-    load4(decay + four, w);
-    load4(first_keys + four, x);
-    load4(second_keys + four, z);
-    load4(first_query + four, p);
-    load4(second_query + four, q);
+    load(decay + four, w);
+    load(first_keys + four, x);
+    load(second_keys + four, z);
+    load(first_query + four, p);
+    load(second_query + four, q);
 #pragma unroll
-    for (int i = 0; i < 4; ++i) {
-      const float m = line[e + i] * w[i] + first * x[i] + second * z[i];
-      line[e + i] = m;
-      first_sums[i] += m * p[i];
-      second_sums[i] += m * q[i];
+    for (int line = 0; line < kThreadLines; ++line) {
+#pragma unroll
+      for (int i = 0; i < 4; ++i) {
+        float& own = m[line][e + i];
+        own = fmaf(first[line], x[i], fmaf(second[line], z[i], own * w[i]));
+        first_sums[line] = fmaf(own, p[i], first_sums[line]);
+        second_sums[line] = fmaf(own, q[i], second_sums[line]);
+      }
     }
   });
-  constexpr int kParts = Place<kSize>::kParts;
-  first_sum = line_sum<kParts>((first_sums[0] + first_sums[1]) + (first_sums[2] + first_sums[3]));
-  second_sum =
-      line_sum<kParts>((second_sums[0] + second_sums[1]) + (second_sums[2] + second_sums[3]));
-}
-
-template <int kSize>
-__device__ __forceinline__ void set_line(float (&line)[kPerLane], float value) {
-#pragma unroll
-  for (int e = 0; e < kPerLane; ++e) {
-    line[e] = value;
-  }
 }
 
 // ---- Forward ------------------------------------------------------------------------------------
@@ -202,15 +310,12 @@ __global__ void __launch_bounds__(Place<kSize>::kThreads, kThreadsAtOnce / Place
                *const w = b + kRowTokens * kSize,
                *const a = w + kRowTokens * kSize,            // one token more
                    *const v = a + (kRowTokens + 1) * kSize;  // [tokens, lines]
-  float S[kPerLane];
-  const float* const state = x.state + at.number * kSize * kSize;
-  for_own_fours<kSize>(at.part, [&](int e, int four) {
-#pragma unroll
-    for (int i = 0; i < 4; ++i) {
-      S[e + i] = state[(four + i) * kSize + at.line];
-    }
-  });
-  float u = 0.0f;
+  Part S;
+  load_columns(x.state + at.number * kSize * kSize, at, S);
+  const int64_t num_carries = ceil_div(sizes.T, kWkv7CarryLen) + 1;
+  float* const carries =
+      x.carries == nullptr ? nullptr : x.carries + at.number * num_carries * kSize * kSize;
+  float u[kThreadLines] = {};
   for (int64_t begin = 0; begin < sizes.T; begin += kRowTokens) {
     const int tokens = smaller(sizes.T - begin, kRowTokens);
     const int64_t block_first = at.first + begin * at.n_embd;
@@ -240,72 +345,60 @@ __global__ void __launch_bounds__(Place<kSize>::kThreads, kThreadsAtOnce / Place
     });
     __syncthreads();
     if (begin == 0) {
-      float sums[4] = {};
       for_own_fours<kSize>(at.part, [&](int e, int four) {
         float first_a[4];
-        load4(a + four, first_a);
+        load(a + four, first_a);
 #pragma unroll
-        for (int i = 0; i < 4; ++i) {
-          sums[i] += S[e + i] * first_a[i];
+        for (int line = 0; line < kThreadLines; ++line) {
+#pragma unroll
+          for (int i = 0; i < 4; ++i) {
+            u[line] += S[line][e + i] * first_a[i];
+          }
         }
       });
-      u = line_sum<P::kParts>((sums[0] + sums[1]) + (sums[2] + sums[3]));
+      sum_lines<P::kParts>(u);
     }
     for (int token = 0; token < tokens; ++token) {
       const int64_t t = begin + token;
-      if (x.carries != nullptr && t % kWkv7CarryLen == 0) {
-        float* const carry =
-            x.carries +
-            ((at.number * (ceil_div(sizes.T, kWkv7CarryLen) + 1) + t / kWkv7CarryLen) * kSize +
-             at.line) *
-                kSize;
-        for_own_fours<kSize>(at.part, [&](int e, int four) {
-          *reinterpret_cast<float4*>(carry + four) =
-              make_float4(S[e], S[e + 1], S[e + 2], S[e + 3]);
-        });
+      if (carries != nullptr && t % kWkv7CarryLen == 0) {
+        store_rows(S, at, carries + t / kWkv7CarryLen * kSize * kSize);
       }
       if (x.in.starts != nullptr && x.in.starts[at.row * sizes.T + t]) {
-        set_line<kSize>(S, 0.0f);
-        u = 0.0f;
+        fill(0.0f, S);
+        fill(0.0f, u);
       }
       const int64_t out = block_first + token * at.n_embd + at.line;
       if (x.u != nullptr && at.part == 0) {
-        x.u[out] = u;
+        store(u, x.u + out);
       }
-      float y = 0.0f, u_next = 0.0f;
+      float own_v[kThreadLines], y[kThreadLines], u_next[kThreadLines];
+      load(v + token * kLines + at.own, own_v);
       advance<kSize>(S,
                      at.part,
                      w + token * kSize,
                      u,
                      b + token * kSize,
-                     v[token * kLines + at.own],
+                     own_v,
                      k + token * kSize,
                      r + token * kSize,
                      a + (token + 1) * kSize,
                      y,
                      u_next);
-      u = u_next;
-      if (at.part == 0) {
-        x.y[out] = from_float<Element>(y);
+      sum_lines<P::kParts>(u_next);
+#pragma unroll
+      for (int line = 0; line < kThreadLines; ++line) {
+        u[line] = u_next[line];
+      }
+      const float own_y = own_line_sum<P::kParts>(y, at.part);
+      if (at.stores()) {
+        x.y[out + at.summed()] = from_float<Element>(own_y);
       }
     }
   }
-  float* const state_out = x.state_out + at.number * kSize * kSize;
-  float* const carry =
-      x.carries == nullptr
-          ? nullptr
-          : x.carries + ((at.number + 1) * (ceil_div(sizes.T, kWkv7CarryLen) + 1) * kSize - kSize +
-                         at.line) *
-                            kSize;
-  for_own_fours<kSize>(at.part, [&](int e, int four) {
-#pragma unroll
-    for (int i = 0; i < 4; ++i) {
-      state_out[(four + i) * kSize + at.line] = S[e + i];
-    }
-    if (carry != nullptr) {
-      *reinterpret_cast<float4*>(carry + four) = make_float4(S[e], S[e + 1], S[e + 2], S[e + 3]);
-    }
-  });
+  store_columns(S, at, x.state_out + at.number * kSize * kSize);
+  if (carries != nullptr) {
+    store_rows(S, at, carries + (num_carries - 1) * kSize * kSize);
+  }
 }
 
 // ---- Backward: dv, du, the gradient of the first state ------------------------------------------
@@ -332,18 +425,12 @@ __global__ void __launch_bounds__(Place<kSize>::kThreads, kThreadsAtOnce / Place
     fill8(1.0f, no_w + channel);
     fill8(0.0f, no_a + channel);
   });
-  float D[kPerLane];
-  set_line<kSize>(D, 0.0f);
+  Part D;
+  fill(0.0f, D);
   if (x.dstate_out != nullptr) {
-    const float* const dstate_out = x.dstate_out + at.number * kSize * kSize;
-    for_own_fours<kSize>(at.part, [&](int e, int four) {
-#pragma unroll
-      for (int i = 0; i < 4; ++i) {
-        D[e + i] = dstate_out[(four + i) * kSize + at.line];
-      }
-    });
+    load_columns(x.dstate_out + at.number * kSize * kSize, at, D);
   }
-  float du = 0.0f;
+  float du[kThreadLines] = {};
   for (int64_t begin = (sizes.T - 1) / kRowTokens * kRowTokens; begin >= 0; begin -= kRowTokens) {
     const int tokens = smaller(sizes.T - begin, kRowTokens);
     const int64_t block_first = at.first + begin * at.n_embd;
@@ -378,45 +465,62 @@ __global__ void __launch_bounds__(Place<kSize>::kThreads, kThreadsAtOnce / Place
       const int64_t t = begin + token;
       const bool is_last_of_document = starts != nullptr && t + 1 < sizes.T && starts[t + 1];
       if (is_last_of_document) {
-        set_line<kSize>(D, 0.0f);
-        du = 0.0f;
+        fill(0.0f, D);
+        fill(0.0f, du);
       }
-      float dv = 0.0f, du_here = 0.0f;
+      float own_dy[kThreadLines], dv[kThreadLines], du_here[kThreadLines];
+      load(dy + token * kLines + at.own, own_dy);
       advance<kSize>(D,
                      at.part,
                      is_last_of_document ? no_w : w + (token + 1) * kSize,
                      du,
                      is_last_of_document ? no_a : a + (token + 1) * kSize,
-                     dy[token * kLines + at.own],
+                     own_dy,
                      r + token * kSize,
                      k + token * kSize,
                      b + token * kSize,
                      dv,
                      du_here);
-      du = du_here;
+      sum_lines<P::kParts>(du_here);
+#pragma unroll
+      for (int line = 0; line < kThreadLines; ++line) {
+        du[line] = du_here[line];
+      }
+      const float own_dv = own_line_sum<P::kParts>(dv, at.part);
+      const int64_t out = block_first + token * at.n_embd + at.line;
       if (at.part == 0) {
-        const int64_t out = block_first + token * at.n_embd + at.line;
-        x.dv[out] = from_float<Element>(dv);
-        x.du[out] = du;
+        store(du, x.du + out);
+      }
+      if (at.stores()) {
+        x.dv[out + at.summed()] = from_float<Element>(own_dv);
       }
     }
   }
   // w and a of the first token are in shared memory still.
   const bool is_cut = starts != nullptr && starts[0];
-  float* const dstate = x.dstate + at.number * kSize * kSize;
   for_own_fours<kSize>(at.part, [&](int e, int four) {
+    float first_w[4], first_a[4];
+    load(w + four, first_w);
+    load(a + four, first_a);
 #pragma unroll
-    for (int i = 0; i < 4; ++i) {
-      dstate[(four + i) * kSize + at.line] =
-          is_cut ? 0.0f : D[e + i] * w[four + i] + du * a[four + i];
+    for (int line = 0; line < kThreadLines; ++line) {
+#pragma unroll
+      for (int i = 0; i < 4; ++i) {
+        float& own = D[line][e + i];
+        own = is_cut ? 0.0f : own * first_w[i] + du[line] * first_a[i];
+      }
     }
   });
+  store_columns(D, at, x.dstate + at.number * kSize * kSize);
 }
 
 // ---- Backward: all gradients that are sums over values ------------------------------------------
 
 template <int kSize>
-constexpr int kColumnsFloats = (4 * kColumnTokens + 1) * kSize + (6 * kColumnTokens + 2) * kLines;
+constexpr int kTokensFloats = (4 * kColumnTokens + 2) * kSize + (6 * kColumnTokens + 2) * kLines;
+template <int kSize>
+constexpr int kColumnsFloats = kTokensFloats<kSize> +
+                               (kWkv7CarryLen / kColumnTokens - 1) * kLines* kSize;
 
 // What the columns kernel has of its tokens in shared memory.
 template <int kSize>
@@ -426,7 +530,8 @@ struct ColumnTokens {
         u(v + kColumnTokens * kSize),
         dy(u + kColumnTokens * kSize),
         du(dy + kColumnTokens * kSize),
-        r(du + (kColumnTokens + 1) * kSize),
+        no_du(du + (kColumnTokens + 1) * kSize),
+        r(no_du + kSize),
         k(r + kColumnTokens * kLines),
         b(k + kColumnTokens * kLines),
         gate(b + kColumnTokens * kLines),
@@ -434,70 +539,108 @@ struct ColumnTokens {
         a(w + (kColumnTokens + 1) * kLines) {}
   float *v, *u, *dy;        // [tokens, N]
   float* du;                // one token more
+  float* no_du;             // [N], of no token
   float *r, *k, *b, *gate;  // [tokens, lines]
   float *w, *a;             // one token more
 };
 
-// A column of the state after token `last`: forward's, or made again from the last one before.
-template <typename Element, int kSize>
-__device__ __forceinline__ void make_column_again(const Wkv7Backward<Element>& x,
-                                                  const Place<kSize>& at,
-                                                  const ColumnTokens<kSize>& shared,
-                                                  int64_t last,
-                                                  float (&S)[kPerLane]) {
-  const Wkv7Sizes& sizes = x.in.sizes;
-  const int64_t num_carries = ceil_div(sizes.T, kWkv7CarryLen) + 1;
-  const bool is_kept = last + 1 == sizes.T || (last + 1) % kWkv7CarryLen == 0;
-  const int64_t carry_number = last + 1 == sizes.T ? num_carries - 1
-                               : is_kept           ? (last + 1) / kWkv7CarryLen
-                                                   : last / kWkv7CarryLen;
-  const float* const carry = x.carries + (at.number * num_carries + carry_number) * kSize * kSize;
-  for_own_fours<kSize>(at.part, [&](int e, int four) {
-#pragma unroll
-    for (int i = 0; i < 4; ++i) {
-      S[e + i] = carry[(four + i) * kSize + at.line];
-    }
-  });
-  if (is_kept) {
-    return;
+// The states that a thread's parts take again on the way forward through a stretch of
+// kWkv7CarryLen tokens, after each of its blocks but the last; each thread its own.
+constexpr int kStatesMade = kWkv7CarryLen / kColumnTokens - 1;
+template <int kSize>
+struct StatesMade {
+  float* first;  // [kStatesMade, kThreadLines, kNumbers / 4, threads, 4]
+
+  __device__ __forceinline__ float* place(int number, int line, int e) const {
+    return first +
+           (((number * kThreadLines + line) * (kNumbers / 4) + e / 4) * Place<kSize>::kThreads +
+            static_cast<int>(threadIdx.x)) *
+               4;
   }
-  for (int64_t begin = last / kWkv7CarryLen * kWkv7CarryLen; begin <= last;
-       begin += kColumnTokens) {
-    const int tokens = smaller(last + 1 - begin, kColumnTokens);
-    const int64_t block_first = at.first + begin * at.n_embd;
-    __syncthreads();
-    constexpr int kThreads = Place<kSize>::kThreads;
-    for_eights<kThreads, kColumnTokens, kSize>(tokens, [&](int token, int channel) {
-      const int64_t from = block_first + token * at.n_embd + channel;
-      copy8(x.in.v + from, shared.v + token * kSize + channel);
-      copy8(x.u + from, shared.u + token * kSize + channel);
-    });
-    for_eights<kThreads, kColumnTokens, kLines>(tokens, [&](int token, int own) {
-      const int line = at.first_line() + own, to = token * kLines + own;
-      const int64_t from = block_first + token * at.n_embd + line;
-      float gate[8];
-      load_gates(x.in.w0 + at.head_first + line, x.in.w_raw + from, gate);
-      copy8(x.in.k + from, shared.k + to);
-      copy8(x.in.b + from, shared.b + to);
-      store_decays(gate, shared.w + to);
-    });
-    __syncthreads();
-    for (int token = 0; token < tokens; ++token) {
-      const int own = token * kLines + at.own;
-      if (x.in.starts != nullptr && x.in.starts[at.row * sizes.T + begin + token]) {
-        set_line<kSize>(S, 0.0f);
+  __device__ __forceinline__ void keep(int number, const Part& S) const {
+#pragma unroll
+    for (int line = 0; line < kThreadLines; ++line) {
+#pragma unroll
+      for (int e = 0; e < kNumbers; e += 4) {
+        const float x[4] = {S[line][e], S[line][e + 1], S[line][e + 2], S[line][e + 3]};
+        store(x, place(number, line, e));
       }
-      const float w = shared.w[own], b = shared.b[own], k = shared.k[own];
-      for_own_fours<kSize>(at.part, [&](int e, int four) {
-        float v[4], u[4];
-        load4(shared.v + token * kSize + four, v);
-        load4(shared.u + token * kSize + four, u);
+    }
+  }
+  __device__ __forceinline__ void get(int number, Part& S) const {
+#pragma unroll
+    for (int line = 0; line < kThreadLines; ++line) {
+#pragma unroll
+      for (int e = 0; e < kNumbers; e += 4) {
+        float x[4];
+        load(place(number, line, e), x);
 #pragma unroll
         for (int i = 0; i < 4; ++i) {
-          S[e + i] = S[e + i] * w + u[i] * b + v[i] * k;
+          S[line][e + i] = x[i];
         }
-      });
+      }
     }
+  }
+};
+
+// The state that forward kept before a stretch.
+template <typename Element, int kSize>
+__device__ __forceinline__ void load_carry(const Wkv7Backward<Element>& x,
+                                           const Place<kSize>& at,
+                                           int64_t stretch,
+                                           Part& S) {
+  const int64_t num_carries = ceil_div(x.in.sizes.T, kWkv7CarryLen) + 1;
+  load_columns(x.carries + (at.number * num_carries + stretch) * kSize * kSize, at, S);
+}
+
+// Takes the state through up to kColumnTokens tokens from `begin` on.
+template <typename Element, int kSize>
+__device__ __forceinline__ void advance_columns(const Wkv7Backward<Element>& x,
+                                                const Place<kSize>& at,
+                                                const ColumnTokens<kSize>& shared,
+                                                int64_t begin,
+                                                int tokens,
+                                                Part& S) {
+  constexpr int kThreads = Place<kSize>::kThreads;
+  const int64_t block_first = at.first + begin * at.n_embd;
+  __syncthreads();
+  for_eights<kThreads, kColumnTokens, kSize>(tokens, [&](int token, int channel) {
+    const int64_t from = block_first + token * at.n_embd + channel;
+    copy8(x.in.v + from, shared.v + token * kSize + channel);
+    copy8(x.u + from, shared.u + token * kSize + channel);
+  });
+  for_eights<kThreads, kColumnTokens, kLines>(tokens, [&](int token, int own) {
+    const int line = at.first_line() + own, to = token * kLines + own;
+    const int64_t from = block_first + token * at.n_embd + line;
+    float gate[8];
+    load_gates(x.in.w0 + at.head_first + line, x.in.w_raw + from, gate);
+    copy8(x.in.k + from, shared.k + to);
+    copy8(x.in.b + from, shared.b + to);
+    store_decays(gate, shared.w + to);
+  });
+  __syncthreads();
+  for (int token = 0; token < tokens; ++token) {
+    if (x.in.starts != nullptr && x.in.starts[at.row * x.in.sizes.T + begin + token]) {
+      fill(0.0f, S);
+    }
+    const int own = token * kLines + at.own;
+    float w[kThreadLines], b[kThreadLines], k[kThreadLines];
+    load(shared.w + own, w);
+    load(shared.b + own, b);
+    load(shared.k + own, k);
+    for_own_fours<kSize>(at.part, [&](int e, int four) {
+      float v[4], u[4];
+      load(shared.v + token * kSize + four, v);
+      load(shared.u + token * kSize + four, u);
+#pragma unroll
+      for (int line = 0; line < kThreadLines; ++line) {
+#pragma unroll
+        for (int i = 0; i < 4; ++i) {
+          float& s = S[line][e + i];
+          s = s * w[line] + u[i] * b[line] + v[i] * k[line];
+        }
+      }
+    });
   }
 }
 
@@ -556,91 +699,122 @@ __global__ void __launch_bounds__(Place<kSize>::kThreads,
   const Wkv7Sizes& sizes = x.in.sizes;
   const P at(sizes);
   const bool* const starts = x.in.starts == nullptr ? nullptr : x.in.starts + at.row * sizes.T;
-  const ColumnTokens<kSize> shared(static_cast<float*>(shared_memory()));
-  float D[kPerLane], S[kPerLane];
-  set_line<kSize>(D, 0.0f);
+  float* const all_shared = static_cast<float*>(shared_memory());
+  const ColumnTokens<kSize> shared(all_shared);
+  const StatesMade<kSize> made{all_shared + kTokensFloats<kSize>};
+  for_eights<P::kThreads, 1, kSize>(1,
+                                    [&](int, int channel) { fill8(0.0f, shared.no_du + channel); });
+  Part D, S;
+  fill(0.0f, D);
   if (x.dstate_out != nullptr) {
-    const float* const dstate_out = x.dstate_out + (at.number * kSize + at.line) * kSize;
-    for_own_fours<kSize>(at.part, [&](int e, int four) {
-      float d[4];
-      load4(dstate_out + four, d);
-#pragma unroll
-      for (int i = 0; i < 4; ++i) {
-        D[e + i] = d[i];
-      }
-    });
+    load_rows(x.dstate_out + at.number * kSize * kSize, at, D);
   }
   float dw0 = 0.0f;
   for (int64_t begin = (sizes.T - 1) / kColumnTokens * kColumnTokens; begin >= 0;
        begin -= kColumnTokens) {
     const int tokens = smaller(sizes.T - begin, kColumnTokens);
-    make_column_again<Element, kSize>(x, at, shared, begin + tokens - 1, S);
-    load_column_tokens<Element, kSize>(x, at, shared, begin, tokens);
+    const int64_t stretch = begin / kWkv7CarryLen, stretch_first = stretch * kWkv7CarryLen;
+    const int block = static_cast<int>(begin - stretch_first) / kColumnTokens;
+    if (begin + tokens == sizes.T || block == kStatesMade) {
+      // A new stretch: the state behind it was kept, those behind its other blocks are made.
+      load_carry(x, at, stretch, S);
+      for (int number = 0; number < block; ++number) {
+        advance_columns(x, at, shared, stretch_first + number * kColumnTokens, kColumnTokens, S);
+        made.keep(number, S);
+      }
+      load_carry(x, at, stretch + 1, S);
+    } else {
+      made.get(block, S);
+    }
+    load_column_tokens(x, at, shared, begin, tokens);
     for (int token = tokens - 1; token >= 0; --token) {
       const int64_t t = begin + token;
       const bool is_last_of_document = starts != nullptr && t + 1 < sizes.T && starts[t + 1];
       if (is_last_of_document) {
-        set_line<kSize>(D, 0.0f);
+        fill(0.0f, D);
         if (token + 1 < tokens) {
-          // No way leads back over a start.
-          make_column_again<Element, kSize>(x, at, shared, t, S);
-          load_column_tokens<Element, kSize>(x, at, shared, begin, tokens);
+          // No way leads back over a start: forward once more, from the block before.
+          if (block == 0) {
+            load_carry(x, at, stretch, S);
+          } else {
+            made.get(block - 1, S);
+          }
+          advance_columns(x, at, shared, begin, token + 1, S);
+          load_column_tokens(x, at, shared, begin, tokens);
         }
       }
-      const int own = token * kLines + at.own, after = own + kLines;
-      // A NaN of the next document stays there.
-      const float w_after = is_last_of_document ? 1.0f : shared.w[after];
-      const float a_after = shared.a[after];
-      const float r = shared.r[own], k = shared.k[own], b = shared.b[own];
-      const float w = shared.w[own], w_inverse = fast_reciprocal(w);
-      float dr = 0.0f, dk = 0.0f, db = 0.0f, da = 0.0f, dw = 0.0f;
+      const int own = token * kLines + at.own;
+      float r[kThreadLines], k[kThreadLines], b[kThreadLines], w_inverse[kThreadLines],
+          w_after[kThreadLines], a_after[kThreadLines];
+      load(shared.r + own, r);
+      load(shared.k + own, k);
+      load(shared.b + own, b);
+      load(shared.w + own, w_inverse);
+      load(shared.w + own + kLines, w_after);
+      load(shared.a + own + kLines, a_after);
+      const float* du_of_after = shared.du + (token + 1) * kSize;
+      if (is_last_of_document) {
+        // A NaN of the next document stays there.
+        fill(1.0f, w_after);
+        fill(0.0f, a_after);
+        du_of_after = shared.no_du;
+      }
+      float dr[kThreadLines] = {}, dk[kThreadLines] = {}, db[kThreadLines] = {},
+            da[kThreadLines] = {}, dw[kThreadLines] = {};
+#pragma unroll
+      for (int line = 0; line < kThreadLines; ++line) {
+        w_inverse[line] = fast_reciprocal(w_inverse[line]);
+      }
       for_own_fours<kSize>(at.part, [&](int e, int four) {
         float v[4], u[4], dy[4], du[4], du_after[4];
         keep_reads_behind();
-        load4(shared.v + token * kSize + four, v);
-        load4(shared.u + token * kSize + four, u);
-        load4(shared.dy + token * kSize + four, dy);
-        load4(shared.du + token * kSize + four, du);
-        load4(shared.du + (token + 1) * kSize + four, du_after);
+        load(shared.v + token * kSize + four, v);
+        load(shared.u + token * kSize + four, u);
+        load(shared.dy + token * kSize + four, dy);
+        load(shared.du + token * kSize + four, du);
+        load(du_of_after + four, du_after);
 #pragma unroll
-        for (int i = 0; i < 4; ++i) {
-          const float crossing = is_last_of_document ? 0.0f : du_after[i] * a_after;
-          const float d = D[e + i] * w_after + crossing + dy[i] * r;
-          D[e + i] = d;
-          const float s = S[e + i];
-          const float s_before = (s - v[i] * k - u[i] * b) * w_inverse;
-          S[e + i] = s_before;
-          dr += s * dy[i];
-          dk += d * v[i];
-          db += d * u[i];
-          da += s_before * du[i];
-          dw += d * s_before;
+        for (int line = 0; line < kThreadLines; ++line) {
+#pragma unroll
+          for (int i = 0; i < 4; ++i) {
+            const float d =
+                D[line][e + i] * w_after[line] + du_after[i] * a_after[line] + dy[i] * r[line];
+            D[line][e + i] = d;
+            const float s = S[line][e + i];
+            const float s_before = (s - v[i] * k[line] - u[i] * b[line]) * w_inverse[line];
+            S[line][e + i] = s_before;
+            dr[line] += s * dy[i];
+            dk[line] += d * v[i];
+            db[line] += d * u[i];
+            da[line] += s_before * du[i];
+            dw[line] += d * s_before;
+          }
         }
       });
-      dr = line_sum<P::kParts>(dr);
-      dk = line_sum<P::kParts>(dk);
-      db = line_sum<P::kParts>(db);
-      da = line_sum<P::kParts>(da);
-      dw = line_sum<P::kParts>(dw);
+      const float own_dr = own_line_sum<P::kParts>(dr, at.part);
+      const float own_dk = own_line_sum<P::kParts>(dk, at.part);
+      const float own_db = own_line_sum<P::kParts>(db, at.part);
+      float own_da = own_line_sum<P::kParts>(da, at.part);
+      float own_dw = own_line_sum<P::kParts>(dw, at.part);
       if (starts != nullptr && starts[t]) {
         // The state before it is zero, not what comes of going back.
-        da = dw = 0.0f;
+        own_da = own_dw = 0.0f;
       }
-      const float gate = shared.gate[own];
-      const float dw_raw = dw * w * (gate * -kMostDecay) * (1.0f - gate);
+      const float w = shared.w[own + at.summed()], gate = shared.gate[own + at.summed()];
+      const float dw_raw = own_dw * w * (gate * -kMostDecay) * (1.0f - gate);
       dw0 += dw_raw;
-      if (at.part == 0) {
-        const int64_t out = at.first + t * at.n_embd + at.line;
-        x.dr[out] = from_float<Element>(dr);
-        x.dk[out] = from_float<Element>(dk);
-        x.db[out] = from_float<Element>(db);
-        x.da[out] = from_float<Element>(da);
+      if (at.stores()) {
+        const int64_t out = at.first + t * at.n_embd + at.line + at.summed();
+        x.dr[out] = from_float<Element>(own_dr);
+        x.dk[out] = from_float<Element>(own_dk);
+        x.db[out] = from_float<Element>(own_db);
+        x.da[out] = from_float<Element>(own_da);
         x.dw_raw[out] = from_float<Element>(dw_raw);
       }
     }
   }
-  if (at.part == 0) {
-    x.dw0[at.number * kSize + at.line] = dw0;
+  if (at.stores()) {
+    x.dw0[at.number * kSize + at.line + at.summed()] = dw0;
   }
 }
 

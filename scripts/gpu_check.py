@@ -107,7 +107,7 @@ def sizes_of(device, quick):
                      links=[], processes=[("fp32", ["--shape", "M"])])
     return Sizes(
         **training,
-        # Each op is timed in the step, and the kernels of wkv4 beside each other.
+        # Each op is timed in the step, and the kernels of wkv4 and wkv7 by themselves.
         ops=[],
         steps=[("bf16", ["--shape", "L12"]),
                ("bf16", ["--shape", "L24", "--recompute", "mixes"]),
@@ -532,15 +532,15 @@ class Report:
                   flush=True)
 
     def time_kernels(self, runner):
-        """The kernels of wkv4 beside their bytes, which no benchmark of rookery tells apart."""
-        timing = {"command": "bench_wkv4_kernels", "rows": []}
+        """The kernels of wkv4 and wkv7 beside their bytes, which no benchmark of rookery tells apart."""
+        timing = {"command": "bench_wkv_kernels", "rows": []}
         begin = time.monotonic()
         if self.failed(("kernels",)):
             timing["left_out"] = "kernels failed"
-        elif not pathlib.Path(runner.program("bench_wkv4_kernels")).exists():
+        elif not pathlib.Path(runner.program("bench_wkv_kernels")).exists():
             timing["left_out"] = "is not in the build"
         else:
-            done = runner.run("bench_wkv4_kernels")
+            done = runner.run("bench_wkv_kernels")
             if done.returncode == 0:
                 lines = [json.loads(line) for line in done.stdout.splitlines()]
                 timing["copy_gb_per_s"] = lines[0]["copy_gb_per_s"]
@@ -549,7 +549,7 @@ class Report:
                 timing["left_out"] = f"ended with {done.returncode}: {last_line(done.stderr)}"
         timing["seconds"] = round(time.monotonic() - begin, 1)
         self.timings.append(timing)
-        print(f"bench_wkv4_kernels: {timing.get('left_out', 'timed')}", flush=True)
+        print(f"bench_wkv_kernels: {timing.get('left_out', 'timed')}", flush=True)
 
     def all_well(self):
         return (all(check["result"] != "failed" for check in self.checks)

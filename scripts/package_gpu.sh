@@ -29,7 +29,7 @@ readonly max_mib=60
 readonly mark=.package
 readonly required=(bin/rookery lib/librookery_torch.so)
 # Not in a build without nvcc; scripts/gpu_check.sh reports what it misses.
-readonly optional=(lib/librookery_cuda.so bin/test_kernels_gpu bin/bench_wkv4_kernels)
+readonly optional=(lib/librookery_cuda.so bin/test_kernels_gpu bin/bench_wkv_kernels)
 # Of the system everywhere, or torch's.
 readonly left_out='^(ld-linux|linux-vdso|lib(c|m|dl|rt|pthread|util|resolv)\.so|libstdc\+\+|libgcc_s|libgomp|libtorch|libc10|libshm|libcu|libnv|libnccl|librookery_)'
 

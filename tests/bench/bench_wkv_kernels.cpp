@@ -1,5 +1,6 @@
-// Times the kernels of wkv4 on a GPU, each at the shapes of training, beside the bytes that they
-// cannot but move at the rate of a copy measured in the same run. No Torch. One JSON object a line.
+// Times the kernels of wkv4 and wkv7 on a GPU, each at the shapes of training, beside the bytes
+// that they cannot but move at the rate of a copy measured in the same run. No Torch. One JSON
+// object a line.
 #include <algorithm>
 #include <cstdio>
 #include <cstdlib>
@@ -11,13 +12,14 @@
 #include <cuda_runtime.h>
 
 #include "cuda/wkv4_kernel.h"
+#include "cuda/wkv7_kernel.h"
 
 namespace rwkv {
 namespace {
 
 void check(cudaError_t error, const char* what) {
   if (error != cudaSuccess) {
-    std::fprintf(stderr, "bench_wkv4_kernels: %s: %s\n", what, cudaGetErrorString(error));
+    std::fprintf(stderr, "bench_wkv_kernels: %s: %s\n", what, cudaGetErrorString(error));
     std::exit(1);
   }
 }
@@ -88,11 +90,34 @@ double copy_bytes_per_us() {
   return 2.0 * static_cast<double>(kBytes) / us;
 }
 
+void print_row(const char* kernel,
+               const char* shape,
+               double forward_us,
+               double forward_floor,
+               double backward_us,
+               double backward_floor) {
+  std::printf(
+      "{\"kernel\": \"%s\", \"shape\": \"%s\", \"forward_us\": %.1f, \"forward_floor_us\": %.1f, "
+      "\"forward_over_floor\": %.2f, \"backward_us\": %.1f, \"backward_floor_us\": %.1f, "
+      "\"backward_over_floor\": %.2f}\n",
+      kernel,
+      shape,
+      forward_us,
+      forward_floor,
+      forward_us / forward_floor,
+      backward_us,
+      backward_floor,
+      backward_us / backward_floor);
+  std::fflush(stdout);
+  // Of all that was allocated: the next shape takes its place.
+  check(cudaDeviceReset(), "reset");
+}
+
 struct Shape {
   int64_t batch_size, seq_len, dim_att;
 };
 
-void bench(Wkv4Kernel kernel, const char* name, const Shape& shape, double bytes_per_us) {
+void bench_wkv4(Wkv4Kernel kernel, const char* name, const Shape& shape, double bytes_per_us) {
   using Element = __nv_bfloat16;
   const int64_t size = shape.batch_size * shape.seq_len * shape.dim_att;
   const int64_t state = 3 * shape.batch_size * shape.dim_att;
@@ -146,23 +171,67 @@ void bench(Wkv4Kernel kernel, const char* name, const Shape& shape, double bytes
   const double backward_us = microseconds_of(
       [&](cudaStream_t stream) { return launch_wkv4_backward(kernel, backward, stream); },
       "wkv4 backward");
-  std::printf(
-      "{\"kernel\": \"wkv4 %s\", \"shape\": \"B%ld T%ld A%ld bf16, gated\", \"forward_us\": %.1f, "
-      "\"forward_floor_us\": %.1f, \"forward_over_floor\": %.2f, \"backward_us\": %.1f, "
-      "\"backward_floor_us\": %.1f, \"backward_over_floor\": %.2f}\n",
-      name,
-      shape.batch_size,
-      shape.seq_len,
-      shape.dim_att,
-      forward_us,
-      forward_floor,
-      forward_us / forward_floor,
-      backward_us,
-      backward_floor,
-      backward_us / backward_floor);
-  std::fflush(stdout);
-  // Of all that was allocated: the next shape takes its place.
-  check(cudaDeviceReset(), "reset");
+  char name_of_shape[64];
+  std::snprintf(name_of_shape,
+                sizeof name_of_shape,
+                "B%ld T%ld A%ld bf16, gated",
+                shape.batch_size,
+                shape.seq_len,
+                shape.dim_att);
+  print_row(name, name_of_shape, forward_us, forward_floor, backward_us, backward_floor);
+}
+
+// Of heads of 64.
+void bench_wkv7(const Shape& shape, double bytes_per_us) {
+  using Element = __nv_bfloat16;
+  const int64_t size = shape.batch_size * shape.seq_len * shape.dim_att;
+  const Wkv7Sizes sizes{
+      .B = shape.batch_size, .T = shape.seq_len, .H = shape.dim_att / 64, .N = 64};
+  const int64_t state = shape.batch_size * shape.dim_att * 64;
+  const Wkv7Inputs<Element> inputs{.sizes = sizes,
+                                   .r = random_numbers<Element>(size, 1, 0),
+                                   .w_raw = random_numbers<Element>(size, 1, -2),
+                                   .k = random_numbers<Element>(size, 0.1F, 0),
+                                   .v = random_numbers<Element>(size, 1, 0),
+                                   .a = random_numbers<Element>(size, 0.1F, 0),
+                                   .b = random_numbers<Element>(size, 0.1F, 0),
+                                   .w0 = random_numbers<float>(shape.dim_att, 0.3F, 0),
+                                   .starts = nullptr};
+  const Wkv7Forward<Element> forward{.in = inputs,
+                                     .state = random_numbers<float>(state, 0.1F, 0),
+                                     .y = allocate<Element>(size),
+                                     .state_out = allocate<float>(state),
+                                     .u = allocate<float>(size),
+                                     .carries = allocate<float>(wkv7_carries_floats(sizes))};
+  const Wkv7Backward<Element> backward{.in = inputs,
+                                       .u = forward.u,
+                                       .carries = forward.carries,
+                                       .dy = random_numbers<Element>(size, 1, 0),
+                                       .dstate_out = nullptr,
+                                       .dr = allocate<Element>(size),
+                                       .dw_raw = allocate<Element>(size),
+                                       .dk = allocate<Element>(size),
+                                       .dv = allocate<Element>(size),
+                                       .da = allocate<Element>(size),
+                                       .db = allocate<Element>(size),
+                                       .dw0 = allocate<float>(shape.batch_size * shape.dim_att),
+                                       .dstate = allocate<float>(state),
+                                       .du = allocate<float>(size)};
+  // Six inputs and y; these, dy instead of y, and six gradients.
+  const double forward_floor = 7.0 * 2 * static_cast<double>(size) / bytes_per_us;
+  const double backward_floor = 13.0 * 2 * static_cast<double>(size) / bytes_per_us;
+  const double forward_us =
+      microseconds_of([&](cudaStream_t stream) { return launch_wkv7(forward, stream); }, "wkv7");
+  const double backward_us = microseconds_of(
+      [&](cudaStream_t stream) { return launch_wkv7_backward(backward, stream); }, "wkv7 backward");
+  char name_of_shape[64];
+  std::snprintf(name_of_shape,
+                sizeof name_of_shape,
+                "B%ld T%ld A%ld bf16, heads of 64",
+                shape.batch_size,
+                shape.seq_len,
+                shape.dim_att);
+  print_row("wkv7", name_of_shape, forward_us, forward_floor, backward_us, backward_floor);
 }
 
 }  // namespace
@@ -172,22 +241,28 @@ int main() {
   using rwkv::Wkv4Kernel;
   int devices = 0;
   if (cudaGetDeviceCount(&devices) != cudaSuccess || devices == 0) {
-    std::puts("bench_wkv4_kernels: no GPU here; nothing is timed");
+    std::puts("bench_wkv_kernels: no GPU here; nothing is timed");
     return 77;
   }
   const double bytes_per_us = rwkv::copy_bytes_per_us();
   std::printf("{\"copy_gb_per_s\": %.0f}\n", bytes_per_us / 1000);
-  for (const auto& [kernel, name] : {std::pair{Wkv4Kernel::kPlain, "plain"},
-                                     std::pair{Wkv4Kernel::kChunkScan, "chunk_scan"},
-                                     std::pair{Wkv4Kernel::kClusterScan, "cluster_scan"}}) {
+  for (const auto& [kernel, name] : {std::pair{Wkv4Kernel::kPlain, "wkv4 plain"},
+                                     std::pair{Wkv4Kernel::kChunkScan, "wkv4 chunk_scan"},
+                                     std::pair{Wkv4Kernel::kClusterScan, "wkv4 cluster_scan"}}) {
     for (const rwkv::Shape& shape : {rwkv::Shape{16, 1024, 768},
                                      rwkv::Shape{8, 1024, 2048},
                                      rwkv::Shape{8, 1024, 4096},
                                      rwkv::Shape{4, 4096, 768},
                                      rwkv::Shape{1, 8192, 2048},
                                      rwkv::Shape{1, 65536, 768}}) {
-      rwkv::bench(kernel, name, shape, bytes_per_us);
+      rwkv::bench_wkv4(kernel, name, shape, bytes_per_us);
     }
+  }
+  for (const rwkv::Shape& shape : {rwkv::Shape{16, 1024, 768},
+                                   rwkv::Shape{8, 1024, 2048},
+                                   rwkv::Shape{4, 4096, 768},
+                                   rwkv::Shape{1, 8192, 2048}}) {
+    rwkv::bench_wkv7(shape, bytes_per_us);
   }
   return 0;
 }
