@@ -87,6 +87,10 @@ at::Tensor Rwkv5TimeMix::mixes() const {
   return at::cat({time_mix_k, time_mix_v, time_mix_r, time_mix_g}).flatten(1);
 }
 
+TimeMixTelemetry Rwkv5TimeMix::telemetry(const std::vector<at::Tensor>& /*mixed_J*/) const {
+  return {.w_decay = at::exp(-time_decay.exp()).flatten()};
+}
+
 TimeMixOutput Rwkv5TimeMix::forward(const TimeMixInput& input) {
   const ops::Wkv6Output wkv = ops::wkv6({.r_BTC = receptance(input.mixed_J[2]),
                                          .w_raw_BTC = {},

@@ -17,6 +17,7 @@ struct Rwkv5TimeMix : TimeMix {
   // Rows k, v, r, g.
   at::Tensor mixes() const override;
   TimeMixOutput forward(const TimeMixInput& input) override;
+  TimeMixTelemetry telemetry(const std::vector<at::Tensor>& mixed_J) const override;
 
   at::Tensor time_mix_k, time_mix_v, time_mix_r, time_mix_g;  // [1, 1, C]
   at::Tensor time_decay, time_faaaa;                          // [H, N], fp32

@@ -108,24 +108,38 @@ at::Tensor Rwkv6TimeMix::mixes() const {
   return at::cat({1 - x_1C, at::ones_like(x_1C), at::zeros_like(x_1C)});
 }
 
-TimeMixOutput Rwkv6TimeMix::forward(const TimeMixInput& input) {
-  const at::Tensor& x_BTC = input.mixed_J[1];
+std::vector<at::Tensor> Rwkv6TimeMix::mix(const std::vector<at::Tensor>& mixed_J) const {
+  const at::Tensor& x_BTC = mixed_J[1];
   const int64_t B = x_BTC.size(0), T = x_BTC.size(1), C = x_BTC.size(2);
-  const at::Tensor d_BTC = input.mixed_J[2] - x_BTC;
-  const at::Tensor inner_5MR = at::matmul(input.mixed_J[0], time_maa_w1)
+  const at::Tensor d_BTC = mixed_J[2] - x_BTC;
+  const at::Tensor inner_5MR = at::matmul(mixed_J[0], time_maa_w1)
                                    .tanh_()
                                    .view({B * T, kNumMixes, time_maa_w2.size(1)})
                                    .transpose(0, 1);
   const at::Tensor mixes_511C =
       at::cat({time_maa_w, time_maa_k, time_maa_v, time_maa_r, time_maa_g}).unsqueeze(1);
   const at::Tensor shares = at::bmm(inner_5MR, time_maa_w2).view({kNumMixes, B, T, C}) + mixes_511C;
-  const std::vector<at::Tensor> X = (x_BTC + d_BTC * shares).unbind(0);
-  const at::Tensor w_raw_BTA = at::matmul(at::matmul(X[0], time_decay_w1).tanh_(), time_decay_w2);
-  const ops::Wkv6Output wkv = ops::wkv6(
-      {.r_BTC = receptance(X[3]), .w_raw_BTC = w_raw_BTA, .k_BTC = key(X[1]), .v_BTC = value(X[2])},
-      time_decay.flatten(),
-      time_faaaa.flatten(),
-      input.wkv);
+  return (x_BTC + d_BTC * shares).unbind(0);
+}
+
+at::Tensor Rwkv6TimeMix::w_raw(const at::Tensor& X_w) const {
+  return at::matmul(at::matmul(X_w, time_decay_w1).tanh_(), time_decay_w2);
+}
+
+TimeMixTelemetry Rwkv6TimeMix::telemetry(const std::vector<at::Tensor>& mixed_J) const {
+  const at::Tensor w_raw_BTA = w_raw(mix(mixed_J).front()).to(time_decay.scalar_type());
+  return {.w_decay = at::exp(-(time_decay + w_raw_BTA).exp())};
+}
+
+TimeMixOutput Rwkv6TimeMix::forward(const TimeMixInput& input) {
+  const std::vector<at::Tensor> X = mix(input.mixed_J);
+  const ops::Wkv6Output wkv = ops::wkv6({.r_BTC = receptance(X[3]),
+                                         .w_raw_BTC = w_raw(X[0]),
+                                         .k_BTC = key(X[1]),
+                                         .v_BTC = value(X[2])},
+                                        time_decay.flatten(),
+                                        time_faaaa.flatten(),
+                                        input.wkv);
   const at::Tensor y_MA = at::group_norm(
       wkv.y_BTC.flatten(0, 1), time_faaaa.size(0), ln_x->weight, ln_x->bias, group_norm_eps_);
   return {.y_BTC = output(y_MA.view_as(wkv.y_BTC) * at::silu(gate(X[4]))), .wkv = wkv.state_BHNN};

@@ -20,6 +20,7 @@ struct Rwkv6TimeMix : TimeMix {
   // Rows: x's mix, the token itself, its predecessor.
   at::Tensor mixes() const override;
   TimeMixOutput forward(const TimeMixInput& input) override;
+  TimeMixTelemetry telemetry(const std::vector<at::Tensor>& mixed_J) const override;
 
   at::Tensor time_maa_x, time_maa_w, time_maa_k, time_maa_v, time_maa_r, time_maa_g;  // [1, 1, C]
   at::Tensor time_maa_w1, time_maa_w2;      // [C, 5 R], [5, R, C]
@@ -34,6 +35,10 @@ struct Rwkv6TimeMix : TimeMix {
   LayerNorm ln_x;  // of each head by itself
 
  private:
+  // X_w, X_k, X_v, X_r, X_g, from what mixes() gives.
+  std::vector<at::Tensor> mix(const std::vector<at::Tensor>& mixed_J) const;
+  at::Tensor w_raw(const at::Tensor& X_w) const;
+
   double group_norm_eps_;
 };
 

@@ -67,7 +67,7 @@ class Sizes:
     save_every_steps: int
     ops: list
     steps: list
-    other_versions: list  # steps of the versions that cannot be explained op by op
+    other_versions: list  # steps of versions other than RWKV-4
     decode: list
     links: list  # more arguments of rookery doctor --distributed
     processes: list  # timed on two and on one, without their number of micro-batches
@@ -649,7 +649,8 @@ def make_report(runner, sizes):
         found.time(runner, ["step", "--explain", "--dtype", dtype, *arguments],
                    (*needed, f"steps {dtype}", f"graph {dtype}"))
     for version, dtype, arguments in sizes.other_versions:
-        found.time(runner, ["step", "--version", version, "--dtype", dtype, *arguments],
+        found.time(runner, ["step", "--explain", "--version", version, "--dtype", dtype,
+                            *arguments],
                    ("kernels", f"{version} steps {dtype}", f"{version} graph {dtype}"))
     for dtype, arguments in sizes.decode:
         found.time(runner, ["decode", "--dtype", dtype, *arguments], (*needed, f"steps {dtype}"))

@@ -3,7 +3,8 @@
 //
 // Two moments can be the fullest. In the loss all layers have left what backward reads, and a chunk
 // of logits lies beside the head's gradients. At the start of backward, or in the first block that
-// is computed again, the gradients of a block's tensors come on top. The plan is of the fuller.
+// is computed again, the gradients of a block's tensors come on top, of its ChannelMix or of its
+// TimeMix. The plan is of the fuller.
 //
 // tests/train/test_plan.cpp holds it to the H100's figures in tests/bench/results, and
 // tests/python/test_plan.py to what steps on this CPU take.
@@ -63,9 +64,6 @@ struct MemoryPlan {
   double tensor_bytes() const;
 };
 
-// Whether it is known what a model of this version keeps for backward.
-bool can_plan_memory(const ModelConfig& model);
-
 // Activations are those of a model without frozen layers, which may keep fewer. Throws
 // std::invalid_argument for a version that cannot be planned and for a pattern of `freeze` that
 // matches no tensor, or with the others all of them.
@@ -96,6 +94,9 @@ inline constexpr double kCudaContextBytes = 600e6;
 inline constexpr double kNcclBytes = 600e6;
 // On the CPU: LibTorch's and oneDNN's own memory, and small tensors, with one thread.
 inline constexpr double kCpuFrameworkBytes = 11e6;
+// And what steps with products of low ranks were found to hold beyond that in bf16, whatever their
+// size.
+inline constexpr double kCpuLowRankBytes = 9e6;
 // Of stage 2, in sizes of Sharding::bucket_bytes (train/buckets.h): two that are being reduced, and
 // two that a gradient fills which lies across their border.
 inline constexpr double kBucketsInHand = 4;

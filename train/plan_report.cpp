@@ -19,8 +19,9 @@ using ops::ceil_div;
 constexpr double kGb = 1e9;
 constexpr Recompute kRecomputes[] = {Recompute::kNone, Recompute::kMixes, Recompute::kBlocks};
 
+// Of a CPU none is planned.
 bool has_time(const PlanRequest& request) {
-  return request.gpu != nullptr && can_plan_time(request.config.model);
+  return request.gpu != nullptr;
 }
 
 int64_t sequences_of_a_process(const PlanRequest& request) {
@@ -114,10 +115,17 @@ std::string describe_choice(const PlanRequest& request, const PlanChoice& choice
   return text;
 }
 
-std::string describe_time(const PlanChoice& choice) {
-  return fmt::format("{:.1f} ms a step, {} tokens/s",
-                     choice.time.step_ms(),
-                     grouped(static_cast<uint64_t>(choice.tokens_per_s)));
+std::string describe_time(const PlanRequest& request, const PlanChoice& choice) {
+  std::string text = fmt::format("{:.1f} ms a step, {} tokens/s",
+                                 choice.time.step_ms(),
+                                 grouped(static_cast<uint64_t>(choice.tokens_per_s)));
+  if (choice.time.walk_ms > 0) {
+    text += fmt::format(", {:.1f} ms of it in the recurrence", choice.time.walk_ms);
+  }
+  if (request.processes > 1) {
+    text += fmt::format(", {:.1f} ms of it waiting for other GPUs", choice.time.exchange_ms);
+  }
+  return text + "\n";
 }
 
 std::string memory_table(const PlanRequest& request, const PlanChoice& choice) {
@@ -165,16 +173,12 @@ std::string fitting_table(const PlanRequest& request, const RunPlan& plan) {
   return text;
 }
 
-std::string constants(const PlanRequest& request) {
-  if (request.gpu == nullptr) {
+std::string constants(const PlanRequest& request, const PlanChoice& choice) {
+  if (!has_time(request)) {
     return "speed is not planned for a CPU; rookery bench step measures it\n";
   }
   const GpuRates& gpu = *request.gpu;
   const bool is_half = request.config.train.dtype == TrainDtype::kBf16;
-  if (!has_time(request)) {
-    return "speed is not planned for " + request.config.model.version +
-           "; rookery bench step --device cuda measures it\n";
-  }
   std::string text = fmt::format(
       "roofline: {:.0f} TFLOP/s in {} products, {:.0f} GB/s of memory, {:.2f} of either, {:.0f} us "
       "a call ({})\n",
@@ -184,6 +188,15 @@ std::string constants(const PlanRequest& request) {
       kEfficiency,
       kCallSeconds * 1e6,
       gpu.source);
+  if (choice.time.walk_ms > 0) {
+    text += fmt::format(
+        "recurrence: {:.0f} cycles a token and {:.2f} for each number of a state on one of {} "
+        "multiprocessors, {:.2f} GHz (fitted to three steps on one H200)\n",
+        kWalkCycles,
+        kNumberCycles,
+        gpu.multiprocessors,
+        gpu.cycles_per_s / 1e9);
+  }
   if (request.processes > 1) {
     text +=
         fmt::format("          {:.0f} GB/s bus bandwidth between {} GPUs ({})\n",
@@ -217,6 +230,7 @@ nlohmann::ordered_json choice_as_json(const PlanRequest& request, const PlanChoi
       {"total_bytes", static_cast<int64_t>(choice.memory.total())}};
   if (has_time(request)) {
     json["compute_ms"] = choice.time.compute_ms;
+    json["walk_ms"] = choice.time.walk_ms;
     json["exchange_ms"] = choice.time.exchange_ms;
     json["step_ms"] = choice.time.step_ms();
     json["tokens_per_s"] = choice.tokens_per_s;
@@ -294,15 +308,10 @@ std::string plan_as_text(const PlanRequest& request, const RunPlan& plan) {
                      ": " + describe_choice(request, plan.configured) + "\n\n" +
                      memory_table(request, plan.configured);
   if (has_time(request)) {
-    text += describe_time(plan.configured);
-    if (request.processes > 1) {
-      text +=
-          fmt::format(", {:.1f} ms of it waiting for other GPUs", plan.configured.time.exchange_ms);
-    }
-    text += "\n";
+    text += describe_time(request, plan.configured);
   }
   return text + "\nthe largest micro-batch that fits:\n" + fitting_table(request, plan) + "\n" +
-         constants(request);
+         constants(request, plan.configured);
 }
 
 std::string plan_as_json(const PlanRequest& request, const RunPlan& plan) {

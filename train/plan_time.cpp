@@ -18,7 +18,8 @@ constexpr double kTera = 1e12;
 // Rates of an H100: bf16 products of 8192^3 and fp32 ones as `rookery bench step` finds them, its
 // copies, and the all-reduce of 1 GB between two GPUs. The others' are the H100's times the ratio
 // of their data sheets (989 TFLOP/s bf16 and 67 fp32, 3.35 TB/s and 900 GB/s; A100 312, 19.5, 2.04
-// and 600; H200 as the H100 with 4.8 TB/s).
+// and 600; H200 as the H100 with 4.8 TB/s). Clocks: 1.75 GHz as found in RWKV-7's steps, the
+// A100's by its data sheet.
 constexpr std::array<GpuRates, 3> kGpus{{
     {.name = "h100",
      .bf16_flops_per_s = 798 * kTera,
@@ -26,6 +27,8 @@ constexpr std::array<GpuRates, 3> kGpus{{
      .bytes_per_s = 3000 * kGb,
      .link_bytes_per_s = 332 * kGb,
      .memory_bytes = 80 * kGb,
+     .multiprocessors = 132,
+     .cycles_per_s = 1.75e9,
      .source = "rates measured on one H100, the link between two H200"},
     {.name = "h200",
      .bf16_flops_per_s = 798 * kTera,
@@ -33,6 +36,8 @@ constexpr std::array<GpuRates, 3> kGpus{{
      .bytes_per_s = 4300 * kGb,
      .link_bytes_per_s = 332 * kGb,
      .memory_bytes = 141 * kGb,
+     .multiprocessors = 132,
+     .cycles_per_s = 1.75e9,
      .source =
          "the H100's rates, the memory's times the data sheets' ratio: not measured; the link "
          "measured between two H200"},
@@ -42,43 +47,27 @@ constexpr std::array<GpuRates, 3> kGpus{{
      .bytes_per_s = 1830 * kGb,
      .link_bytes_per_s = 221 * kGb,
      .memory_bytes = 80 * kGb,
+     .multiprocessors = 108,
+     .cycles_per_s = 1.41e9,
      .source = "the H100's rates times the data sheets' ratios: not measured"},
 }};
 
-// Of what an op does in a step, the part that a second forward pass of its block does again.
-double forward_share(StepOp op) {
-  switch (op) {
-    case StepOp::kRkvProducts:
-    case StepOp::kOutputProduct:
-    case StepOp::kFfnProducts:
-      return 1.0 / 3;
-    case StepOp::kLayerNormShiftMix:
-      return 9.0 / 20;
-    case StepOp::kWkv4:
-      return 4.0 / 11;
-    case StepOp::kReluSquared:
-      return 2.0 / 5;
-    case StepOp::kGatedResidual:
-      return 4.0 / 9;
-    default:
-      return 0;
-  }
-}
-
-// The mixes again, of both norms: a sum read, three or two mixes written.
-constexpr double kMixesAgain = 7.0 / 20;
-
 // How often it is done, for once without recomputing.
-double times_done(StepOp op, Recompute recompute) {
+double times_done(const StepOpCost& cost, Recompute recompute) {
   switch (recompute) {
     case Recompute::kNone:
       return 1;
     case Recompute::kMixes:
-      return op == StepOp::kLayerNormShiftMix ? 1 + kMixesAgain : 1;
+      return 1 + cost.mixes_again;
     case Recompute::kBlocks:
-      return 1 + forward_share(op);
+      return 1 + cost.blocks_again;
   }
   return 1;
+}
+
+double walk_ms(const StepOpCost& cost, const GpuRates& gpu) {
+  const double numbers = cost.walked_numbers / static_cast<double>(gpu.multiprocessors);
+  return 1000 * cost.walked_tokens * (kWalkCycles + kNumberCycles * numbers) / gpu.cycles_per_s;
 }
 
 bool is_of_update(StepOp op) {
@@ -108,10 +97,6 @@ double bus_bytes_per_s(const GpuRates& gpu, int64_t processes) {
   return processes > kGpusPerMachine ? kNetworkBytesPerSecond : gpu.link_bytes_per_s;
 }
 
-bool can_plan_time(const ModelConfig& model) {
-  return model.version == "rwkv4";
-}
-
 TimePlan plan_time(const StepPlan& plan, const GpuRates& gpu) {
   const bool is_half = plan.dtype == TrainDtype::kBf16;
   const StepRates rates{
@@ -120,18 +105,24 @@ TimePlan plan_time(const StepPlan& plan, const GpuRates& gpu) {
   const double parts = plan.zero_stage >= 1 ? static_cast<double>(plan.processes) : 1;
   double micro_batch_ms = 0;
   double update_ms = 0;
+  double walked_ms = 0;  // of a micro-batch
   for (const StepOpCost& cost :
        step_model({.model = plan.model, .batch_size = plan.micro_batch_size},
                   plan.dtype,
                   ops::kCudaMultiple)) {
-    const double ms = floor_ms(cost, rates) + 1000 * kCallSeconds * static_cast<double>(cost.calls);
+    const double walk = walk_ms(cost, gpu);
+    const double ms = std::max(floor_ms(cost, rates), walk) +
+                      1000 * kCallSeconds * static_cast<double>(cost.calls);
     if (is_of_update(cost.op)) {
       update_ms += ms / parts;
     } else {
-      micro_batch_ms += ms * times_done(cost.op, plan.recompute);
+      micro_batch_ms += ms * times_done(cost, plan.recompute);
+      walked_ms += walk * times_done(cost, plan.recompute);
     }
   }
-  TimePlan time{.compute_ms = static_cast<double>(plan.micro_batches) * micro_batch_ms + update_ms};
+  const auto micro_batches = static_cast<double>(plan.micro_batches);
+  TimePlan time{.compute_ms = micro_batches * micro_batch_ms + update_ms,
+                .walk_ms = micro_batches * walked_ms};
   if (plan.processes == 1) {
     return time;
   }

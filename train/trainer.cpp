@@ -669,20 +669,18 @@ void Trainer::write_start(RunLog& log) const {
                   at::get_num_threads(),
                   matrix_flops_per_s_ / 1e9,
                   matrix_flops_per_s_ / flops_per_token_));
-  if (can_plan_memory(model)) {
-    // The last process has one of the largest shares.
-    const int64_t rank = placement_.world_size - 1;
-    log.say(
-        memory_as_line({.model = model,
-                        .micro_batch_size = micro_batch_rows(rank),
-                        .micro_batches = micro_batches(rank),
-                        .dtype = config_.train.dtype,
-                        .recompute = config_.train.recompute,
-                        .device = device_.runtime == nullptr ? PlanDevice::kCpu : PlanDevice::kCuda,
-                        .processes = placement_.world_size,
-                        .zero_stage = optimizer_->sharding().zero_stage,
-                        .freeze = config_.optimizer.freeze}));
-  }
+  // The last process has one of the largest shares.
+  const int64_t rank = placement_.world_size - 1;
+  log.say(
+      memory_as_line({.model = model,
+                      .micro_batch_size = micro_batch_rows(rank),
+                      .micro_batches = micro_batches(rank),
+                      .dtype = config_.train.dtype,
+                      .recompute = config_.train.recompute,
+                      .device = device_.runtime == nullptr ? PlanDevice::kCpu : PlanDevice::kCuda,
+                      .processes = placement_.world_size,
+                      .zero_stage = optimizer_->sharding().zero_stage,
+                      .freeze = config_.optimizer.freeze}));
 }
 
 std::optional<RunEnd> Trainer::end() const {

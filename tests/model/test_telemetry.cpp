@@ -93,6 +93,35 @@ TEST(Telemetry, TellsHeadsThatForgetNothingAndRatesThatAreFlat) {
   expect("iclr_high", 0, 1);
 }
 
+// w = exp(-exp(decay)): of a quarter of the first head's channels 1 - w is 9e-4, of the others 0.6.
+TEST(Telemetry, TellsSlowDecaysOfVersions5And6) {
+  at::Tensor decay = at::zeros({16});
+  decay.slice(0, 0, 2) = -7;
+  for (const std::string version : {"rwkv5", "rwkv6"}) {
+    RwkvModel model = random_model(version);
+    set(model, "blocks.1.att.time_decay", decay);
+    if (version == "rwkv6") {
+      const char* name = "blocks.1.att.time_decay_w2";
+      set(model, name, at::zeros_like(model->named_parameters()[name]));
+    }
+    const at::Tensor slow = telemetry_of(model).by_layer.at("decay_slow");
+    EXPECT_EQ(slow.sizes(), at::IntArrayRef({2, 2})) << version;
+    EXPECT_EQ(slow[1][0].item<float>(), 0.25) << version;
+    EXPECT_EQ(slow[1][1].item<float>(), 0) << version;
+  }
+}
+
+// What a token reads decides over RWKV-6's decay: a share of tokens, not of channels alone.
+TEST(Telemetry, OfDecaysFollowsTheTokensOfRwkv6) {
+  RwkvModel model = random_model("rwkv6");
+  const at::Tensor w2 = model->named_parameters()["blocks.0.att.time_decay_w2"];
+  set(model, "blocks.0.att.time_decay", at::full({16}, std::log(1e-3)));
+  set(model, "blocks.0.att.time_decay_w2", w2.sign());
+  const at::Tensor slow = telemetry_of(model).by_layer.at("decay_slow")[0];
+  EXPECT_GT(slow.min().item<float>(), 0);
+  EXPECT_LT(slow.max().item<float>(), 1);
+}
+
 TEST(Telemetry, VersionWithoutHeadsCountsAsOne) {
   RwkvModel model = random_model("rwkv4");
   at::Tensor decay = at::zeros({16});

@@ -131,6 +131,8 @@ class CommandLine(BadInput):
         self.refuses("bench step --micro-batches 0", USAGE, "--micro-batches 0", "1 or more")
         self.refuses("bench step --micro-batches 2 --explain", USAGE,
                      "--micro-batches 2 --explain", "leave either out")
+        self.refuses("bench step --version rwkv6 --explain", USAGE,
+                     "--version rwkv6 --explain", "only those of rwkv4 and rwkv7")
         train = "tokenizer train --input text.txt --output a.model"
         self.refuses(f"{train} --vocab-size 256", USAGE, "vocab_size = 256", "expected 300 ..")
         self.refuses(f"{train} --vocab-size 5000", USAGE, "vocab_size = 5000", "too large",

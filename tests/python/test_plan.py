@@ -29,6 +29,13 @@ class Plan(support.Folder):
         ("rwkv4", 8, 192, 5000, 16, 256, "bf16", "blocks", 1),
         ("rwkv7", 6, 384, 256, 4, 256, "fp32", "none", 1),
         ("rwkv7", 8, 256, 2048, 8, 256, "bf16", "none", 1),
+        ("rwkv7", 3, 512, 4096, 4, 256, "bf16", "mixes", 3),
+        ("rwkv7", 8, 192, 5000, 16, 256, "bf16", "blocks", 1),
+        ("rwkv5", 6, 384, 256, 4, 256, "fp32", "none", 1),
+        ("rwkv5", 3, 512, 4096, 4, 256, "bf16", "mixes", 3),
+        ("rwkv6", 6, 384, 256, 4, 256, "fp32", "none", 1),
+        ("rwkv6", 3, 512, 4096, 4, 256, "bf16", "mixes", 3),
+        ("rwkv6", 8, 192, 2000, 16, 256, "bf16", "blocks", 1),
     )
 
     def test_has_the_bytes_that_steps_on_this_cpu_take(self):
@@ -73,15 +80,18 @@ class Plan(support.Folder):
         self.assertGreater(on_gpu["configured"]["tokens_per_s"], 0)
         self.assertEqual(self.plan("--gpus", 4, "--gpu", "h200")["memory_bytes"], 141e9)
 
-    def test_of_rwkv7_has_bytes_on_a_gpu_but_no_speed(self):
-        self.config(version="rwkv7", head_size=32)
-        plan = self.plan("--gpus", 2)
-        self.assertEqual(plan["device"], "h100")
-        self.assertNotIn("tokens_per_s", plan["configured"])
-        self.assertGreater(plan["configured"]["bytes"]["activations"], 0)
-        text = support.rookery("plan", "--config", self.folder / "run.toml", "--gpus", 2).decode()
-        self.assertIn("speed is not planned for rwkv7", text)
-        self.assertNotIn("tokens/s", text)
+    def test_of_rwkv7_says_what_its_recurrence_takes(self):
+        config = self.config(version="rwkv7", head_size=32)
+        plan = self.plan("--gpus", 2)["configured"]
+        self.assertGreater(plan["walk_ms"], 0)
+        self.assertGreater(plan["compute_ms"], plan["walk_ms"])
+        text = support.rookery("plan", "--config", config, "--gpus", 2).decode()
+        self.assertRegex(text, rf"(?m)tokens/s, {plan['walk_ms']:.1f} ms of it in the recurrence")
+        self.assertRegex(text, r"(?m)^recurrence: .* cycles a token .*fitted")
+        self.config()
+        self.assertEqual(self.plan("--gpus", 2)["configured"]["walk_ms"], 0)
+        self.assertNotIn("recurrence", support.rookery("plan", "--config", config, "--gpus", 2)
+                         .decode())
 
     def test_takes_sizes_of_memory_in_every_way_to_write_them(self):
         self.config()
@@ -175,8 +185,8 @@ class Plan(support.Folder):
         self.refuses(*config, "--set", "model.n_embed=3", words=["n_embed", "n_embd"])
         for large in ("model.n_layer=2000000000", "model.n_embd=500000000"):
             self.refuses(*config, "--set", large, words=["00000000", "too large to plan"])
-        self.refuses(*config, "--set", "model.version=rwkv6", "--set", "model.head_size=8",
-                     words=["rwkv6", "only rwkv4 and rwkv7"])
+        self.refuses(*config, "--gpus", 1, "--set", "model.version=rwkv6", "--set",
+                     "model.head_size=8", words=["--gpus 1", "no CUDA kernels for rwkv6"])
         self.refuses(*config, "--gpus", 1, "--set", "model.version=rwkv7", "--set",
                      "model.head_size=16", words=["--gpus 1", "no CUDA kernels", "32, 64, 128"])
         self.refuses(*config, "--set", "model.vocab_size=0", words=["model.vocab_size"])

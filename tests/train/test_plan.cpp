@@ -20,14 +20,21 @@ using testing::Not;
 using testing::StartsWith;
 using testing::ThrowsMessage;
 
-ModelConfig model_of(int64_t n_layer, int64_t n_embd, int64_t vocab_size, int64_t ctx_len) {
-  ModelConfig model{
-      .n_layer = n_layer, .n_embd = n_embd, .vocab_size = vocab_size, .ctx_len = ctx_len};
+ModelConfig model_of(int64_t n_layer,
+                     int64_t n_embd,
+                     int64_t vocab_size,
+                     int64_t ctx_len,
+                     const std::string& version = "rwkv4") {
+  ModelConfig model{.version = version,
+                    .n_layer = n_layer,
+                    .n_embd = n_embd,
+                    .vocab_size = vocab_size,
+                    .ctx_len = ctx_len};
   find_version_shapes(model.version).resolve(model);
   return model;
 }
 
-// A row of tests/bench/results/gpu_h100_2026-11.md.
+// A row of tests/bench/results/gpu_h100_2026-11.md or of gpu_h200_rwkv7_2026-11.md.
 struct Measured {
   const char* name;
   ModelConfig model;
@@ -35,7 +42,7 @@ struct Measured {
   TrainDtype dtype;
   Recompute recompute;
   double ms;
-  double peak_mb;
+  double peak_mb = 0;
 };
 
 void PrintTo(const Measured& row, std::ostream* out) {
@@ -51,6 +58,7 @@ StepPlan plan_of(const Measured& row) {
 }
 
 class PlanOfAnH100 : public testing::TestWithParam<Measured> {};
+class PlanOfAnH200 : public testing::TestWithParam<Measured> {};
 
 TEST_P(PlanOfAnH100, HasTheBytesThatWereMeasured) {
   const double planned = plan_memory(plan_of(GetParam())).tensor_bytes();
@@ -59,6 +67,11 @@ TEST_P(PlanOfAnH100, HasTheBytesThatWereMeasured) {
 
 TEST_P(PlanOfAnH100, HasTheTimeThatWasMeasured) {
   const double planned = plan_time(plan_of(GetParam()), find_gpu_rates("h100")).step_ms();
+  EXPECT_NEAR(planned / GetParam().ms, 1, 0.1) << planned << " ms";
+}
+
+TEST_P(PlanOfAnH200, HasTheTimeThatWasMeasured) {
+  const double planned = plan_time(plan_of(GetParam()), find_gpu_rates("h200")).step_ms();
   EXPECT_NEAR(planned / GetParam().ms, 1, 0.1) << planned << " ms";
 }
 
@@ -77,6 +90,16 @@ INSTANTIATE_TEST_SUITE_P(
         Measured{"S", model_of(6, 384, 256, 256), 8, kBf16, kNone, 1.67, 406},
         Measured{"M", model_of(12, 768, 50277, 128), 4, kBf16, kNone, 5.01, 2812},
         Measured{"L12_fp32_mixes", model_of(12, 768, 50277, 1024), 16, kFp32, kMixes, 285, 11038}),
+    [](const auto& row) { return std::string(row.param.name); });
+
+INSTANTIATE_TEST_SUITE_P(
+    Rows,
+    PlanOfAnH200,
+    testing::Values(
+        Measured{"rwkv4_L12", model_of(12, 768, 50277, 1024), 16, kBf16, kNone, 29.0},
+        Measured{"L12", model_of(12, 768, 50277, 1024, "rwkv7"), 16, kBf16, kNone, 69.4},
+        Measured{"L24_mixes", model_of(24, 2048, 50277, 1024, "rwkv7"), 8, kBf16, kMixes, 208},
+        Measured{"L12_T4096", model_of(12, 768, 50277, 4096, "rwkv7"), 4, kBf16, kNone, 137}),
     [](const auto& row) { return std::string(row.param.name); });
 
 // ---- States -------------------------------------------------------------------------------------
@@ -149,11 +172,28 @@ TEST_F(PlanMemory, RefusesPatternsThatFreezeNothingOrAll) {
               ThrowsMessage<std::invalid_argument>(HasSubstr("leaves no tensor to train")));
 }
 
-TEST_F(PlanMemory, RefusesAnotherVersion) {
-  plan_.model.version = "rwkv6";
-  plan_.model.head_size = 32;
+// Of the first and the second step of RWKV-7 in gpu_h200_rwkv7_2026-11.md.
+TEST_F(PlanMemory, IsThatOfRwkv7OnAGpu) {
+  plan_ = {.model = model_of(12, 768, 50277, 1024, "rwkv7"),
+           .micro_batch_size = 16,
+           .dtype = kBf16,
+           .device = PlanDevice::kCuda};
+  EXPECT_NEAR(plan_memory(plan_).tensor_bytes() / 13.05e9, 1, 0.01);
+  plan_.model = model_of(24, 2048, 50277, 1024, "rwkv7");
+  plan_.micro_batch_size = 8;
+  plan_.recompute = kMixes;
+  EXPECT_NEAR(plan_memory(plan_).tensor_bytes() / 42.44e9, 1, 0.01);
+}
+
+TEST_F(PlanMemory, KnowsEveryVersion) {
+  plan_.device = PlanDevice::kCpu;
+  for (const char* version : {"rwkv4", "rwkv5", "rwkv6", "rwkv7"}) {
+    plan_.model = model_of(4, 64, 1000, 32, version);
+    EXPECT_GT(plan_memory(plan_)[MemoryKind::kActivations], 0) << version;
+  }
+  plan_.model.version = "rwkv3";
   EXPECT_THAT([&] { plan_memory(plan_); },
-              ThrowsMessage<std::invalid_argument>(HasSubstr("model.version = \"rwkv6\"")));
+              ThrowsMessage<std::invalid_argument>(HasSubstr("model.version = \"rwkv3\"")));
 }
 
 // ---- Exchange -----------------------------------------------------------------------------------

@@ -67,6 +67,11 @@ std::optional<StepOp> op_of_name(std::string_view name) {
       {"aten::native_layer_norm", StepOp::kLayerNorm},
       {"rookery::layer_norm_shift_mix", StepOp::kLayerNormShiftMix},
       {"rookery::wkv4", StepOp::kWkv4},
+      {"aten::tanh", StepOp::kLowRankProducts},
+      {"aten::sigmoid", StepOp::kLowRankProducts},
+      {"rookery::wkv7_inputs", StepOp::kWkv7Inputs},
+      {"rookery::wkv7_output", StepOp::kWkv7Output},
+      {"rookery::wkv7", StepOp::kWkv7},
       {"rookery::relu_squared", StepOp::kReluSquared},
       {"rookery::gated_residual", StepOp::kGatedResidual},
       {"rookery::head_loss", StepOp::kHeadProducts},
@@ -84,13 +89,13 @@ std::optional<StepOp> op_of_name(std::string_view name) {
   return std::nullopt;
 }
 
-// By the matrix that an op multiplies with.
+// By the matrix that an op multiplies with. Low-rank factors are no modules, with a "weight".
 std::optional<StepOp> op_of_matrix(std::string_view parameter) {
   if (parameter.ends_with(".att.output.weight")) {
     return StepOp::kOutputProduct;
   }
   if (parameter.find(".att.") != std::string_view::npos) {
-    return StepOp::kRkvProducts;
+    return parameter.ends_with(".weight") ? StepOp::kRkvProducts : StepOp::kLowRankProducts;
   }
   return parameter.find(".ffn.") != std::string_view::npos ? std::optional(StepOp::kFfnProducts)
                                                            : std::nullopt;
@@ -180,7 +185,12 @@ class OpLog {
         }
       }
     }
-    return caller == nullptr ? StepOp::kOther : intervals_[caller->index].op;
+    if (caller != nullptr) {
+      return intervals_[caller->index].op;
+    }
+    // Of what nothing else calls: a residual, and autograd's sums of gradients.
+    const std::string_view name = function.name();
+    return name == "aten::add" || name == "aten::add_" ? StepOp::kSums : StepOp::kOther;
   }
 
   std::mutex mutex_;

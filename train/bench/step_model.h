@@ -24,11 +24,16 @@ enum class StepOp {
   kLayerNorm,  // ln0 and ln_out
   kLayerNormShiftMix,
   kRkvProducts,
+  kLowRankProducts,  // down and up again, with what lies between
   kWkv4,
+  kWkv7Inputs,
+  kWkv7,
+  kWkv7Output,
   kOutputProduct,
   kFfnProducts,
   kReluSquared,
   kGatedResidual,
+  kSums,  // of a residual, and of gradients of a tensor that two ops read
   kHeadProducts,
   kCrossEntropy,
   kGradientSum,
@@ -43,17 +48,29 @@ std::string_view name_of(StepOp op);
 struct StepOpCost {
   StepOp op;
   int64_t calls;  // forward and backward apart; of a product backward is two
-  double flops;   // of matrix products; all other arithmetic takes less time than its bytes
+  // Of matrix products and of recurrences with a matrix for each head, where they are fp32 in any
+  // dtype; all other arithmetic takes less time than its bytes.
+  double flops;
   // Of tensors, read and written, each way counted once a call. What stays in a cache from one op
   // to the next is counted all the same.
   double bytes;
+  // Of all that, the shares that Recompute::kMixes and kBlocks do once more in backward.
+  double mixes_again = 0;
+  double blocks_again = 0;
+  // Of a recurrence whose GPU kernels walk the tokens: how many come one after another, of all
+  // layers, and how many numbers of states are walked side by side. 0 of all others.
+  double walked_tokens = 0;
+  double walked_numbers = 0;
 };
 
-// A row for each kind but kOther, of a step of one micro-batch with its logits in one chunk.
-// `shape.model` is resolved: RwkvModel's config(). `dtype` is that of weights and activations;
-// master weights, moments and the summed gradient are fp32. The head is padded to a multiple of
-// `vocab_multiple` (model/ops/head_loss.h). Throws std::invalid_argument for another version than
-// rwkv4.
+// Whether a version's ops are in the model of a step.
+bool has_step_model(const ModelConfig& model);
+
+// A row for each kind that the version has, but kOther, in their order, of a step of one
+// micro-batch with its logits in one chunk. `shape.model` is resolved: RwkvModel's config().
+// `dtype` is that of weights and activations; master weights, moments and the summed gradient are
+// fp32. The head is padded to a multiple of `vocab_multiple` (model/ops/head_loss.h). Throws
+// std::invalid_argument for a version without a model.
 std::vector<StepOpCost> step_model(const StepShape& shape,
                                    TrainDtype dtype,
                                    int64_t vocab_multiple);

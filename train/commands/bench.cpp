@@ -206,6 +206,11 @@ int bench_step_command(int argc, char** argv) {
     throw std::invalid_argument("--micro-batches " + std::to_string(micro_batches) +
                                 " --explain: a step is explained with one; leave either out");
   }
+  if (detail == StepDetail::kByOp && !has_step_model(shapes.front().model)) {
+    throw std::invalid_argument("--version " + shapes.front().model.version +
+                                " --explain: the floors of its ops are not known, only those of "
+                                "rwkv4 and rwkv7; leave --explain out");
+  }
   report(*parsed, rows_of_all(*parsed, shapes, [&](const StepShape& shape, at::ScalarType dtype) {
     return std::vector{bench_step(shape,
                                   dtype,

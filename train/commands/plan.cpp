@@ -93,10 +93,6 @@ void resolve_model(RunConfig& config) {
                                 "model.vocab_size=N");
   }
   find_version_shapes(model.version).resolve(model);
-  if (!can_plan_memory(model)) {
-    throw std::invalid_argument("model.version = \"" + model.version +
-                                "\": only rwkv4 and rwkv7 can be planned");
-  }
   model.validate();
   require_some_size(model);
 }
