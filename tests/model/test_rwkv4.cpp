@@ -10,6 +10,7 @@
 #include "model/weights.h"
 #include "tests/support/tensors.h"
 #include "tests/support/test_data.h"
+#include "tests/support/tiny_model.h"
 
 namespace rwkv {
 namespace {
@@ -61,22 +62,8 @@ TEST(Rwkv4Logits, MatchFloat64WithAttentionWiderThanTheModel) {
 TEST(Rwkv4Logits, MatchRwkvCppOnItsTinyModel) {
   const std::string weights =
       test::find_test_data("derived/pth_reader/tiny-rwkv-4v0-660K.fp32.pth");
-  const std::string expected = test::find_test_data("rwkv_cpp_tiny/expected-logits-4v0-660K.bin");
   SKIP_WITHOUT(weights);
-  SKIP_WITHOUT(expected);
-  RwkvModel model = open_model(weights, at::kFloat);
-  const at::Tensor tokens_1T = at::tensor({34, 105, 110}, at::kLong).unsqueeze(0);
-  const at::Tensor logits = logits_of(model, tokens_1T)[0][2];
-  EXPECT_TRUE(test::close_max(logits, test::load_raw(expected, at::kFloat, {256}), 2e-5));
-  EXPECT_EQ(logits.argmax().item<int64_t>(), 's');
-
-  const std::string prompt = test::find_test_data("derived/tiny_logits/prompt64.bytes");
-  const at::Tensor bytes = test::load_raw(prompt, at::kByte, {1, 64}).to(at::kLong);
-  EXPECT_TRUE(test::close_max(
-      logits_of(model, bytes)[0],
-      test::load_raw(
-          test::find_test_data("derived/tiny_logits/logits-4v0-660K.f32"), at::kFloat, {64, 256}),
-      2e-5));
+  test::expect_tiny_model(open_model(weights, at::kFloat), "4v0-660K", 's');
 }
 
 struct Batch2D {

@@ -60,9 +60,10 @@ class StateFiles(unittest.TestCase):
     def test_a_text_in_two_halves_is_the_text_in_one(self):
         for version in MODELS:
             whole = self.generate(version, "The little dog", "--length", 30)
-            self.generate(version, "The litt", "--length", 0, "--save-state", "half.safetensors")
-            rest = self.generate(version, "le dog", "--length", 30, "--state", "half.safetensors")
-            self.assertEqual("The litt" + rest, whole)
+            for half in ("half.safetensors", "half.bin"):
+                self.generate(version, "The litt", "--length", 0, "--save-state", half)
+                rest = self.generate(version, "le dog", "--length", 30, "--state", half)
+                self.assertEqual("The litt" + rest, whole)
             # And where text was written in between: it has been read, too.
             first = self.generate(version, "The little dog", "--length", 10,
                                   "--save-state", "half.safetensors").removesuffix("\n")
@@ -98,6 +99,18 @@ class StateFiles(unittest.TestCase):
         self.generate("rwkv4", "The", "--length", 0, "--save-state", "s4.safetensors")
         self.assertIn("expected [heads, N, N]",
                       self.refused(1, "convert", "s4.safetensors", "t4.pth"))
+
+    def test_convert_writes_the_buffer_of_rwkv_cpp(self):
+        for version in MODELS:
+            for name in ("s.safetensors", "s.bin"):
+                self.generate(version, "The little", "--length", 0, "--save-state", name)
+            self.rookery("convert", "s.safetensors", "t.bin")
+            self.assertEqual((self.folder / "t.bin").read_bytes(),
+                             (self.folder / "s.bin").read_bytes())
+        self.assertIn("fp32", self.refused(2, "convert", "s.safetensors", "u.bin",
+                                           "--dtype", "bf16"))
+        self.assertIn("holds no state by --save-state",
+                      self.refused(1, "convert", "rwkv7", "u.bin"))
 
     def test_a_tuned_state_of_torch_changes_eval_as_it_should(self):
         plain = json.loads(self.rookery("eval", "--model", "rwkv7", "--data", "valid", "--json"))
@@ -143,11 +156,13 @@ class StateFiles(unittest.TestCase):
         self.time_state("wide.pth", shape=(4, 32, 32))
         (self.folder / "cut.safetensors").write_bytes(
             (self.folder / "s4.safetensors").read_bytes()[:-8])
+        self.generate("rwkv4", "The", "--length", 0, "--save-state", "s4.bin")
         for state, text in (
                 ("s4.safetensors", 'is a state of "rwkv4", expected one of the model\'s version'),
                 ("deep.pth", "holds 3 tensors of a state, expected 2"),
                 ("wide.pth", "is [4, 32, 32], expected [2, 32, 32]"),
                 ("cut.safetensors", "cut.safetensors: "),
+                ("s4.bin", "but rwkv.cpp's state of rwkv7 with 2 layers of 64 channels has"),
                 ("rwkv7/checkpoints/step_00000030", "holds no state"),
                 ("none.pth", "none.pth")):
             command = ("generate", "--model", "rwkv7", "--prompt", "x", "--save-state",

@@ -8,7 +8,7 @@
 namespace rwkv::test {
 
 // The 256 logits that rwkv.cpp stores after three bytes, then, of 64 bytes, the logits after each
-// and the state after all, RWKV-5's or -6's. `name` as in the files: "5v2-730K".
+// and the state after all, in rwkv.cpp's buffer. `name` as in the files: "5v2-730K".
 void expect_tiny_model(RwkvModel model, const std::string& name, int64_t likeliest);
 
 }  // namespace rwkv::test

@@ -40,7 +40,8 @@ int generate_command(int argc, char** argv) {
   add("top-k", "and from this many at most; 0: all", cxxopts::value<int64_t>()->default_value("0"));
   add("seed", "the same seed gives the same text", cxxopts::value<uint64_t>()->default_value("1"));
   add("save-state",
-      "a .safetensors for the state after the text, to go on from with --state",
+      "a .safetensors, or a .bin as rwkv.cpp has it, for the state after the text, to go on from "
+      "with --state",
       cxxopts::value<std::string>());
   add_model_options(add);
   const auto parsed = parse_options(options, argc, argv, kExample, {"model"});

@@ -17,8 +17,8 @@ void add_device_option(cxxopts::OptionAdder& add) {
 void add_model_options(cxxopts::OptionAdder& add) {
   add("dtype", "fp32 or bf16", cxxopts::value<std::string>()->default_value("fp32"));
   add("state",
-      "a file with the state to start from, by --save-state or RWKV-LM's state tuning; default: "
-      "nothing read yet",
+      "a file with the state to start from, by --save-state or RWKV-LM's state tuning, or .bin of "
+      "rwkv.cpp's state buffer; default: nothing read yet",
       cxxopts::value<std::string>());
   add_device_option(add);
 }
