@@ -110,7 +110,7 @@ class StateFiles(unittest.TestCase):
         self.assertIn("fp32", self.refused(2, "convert", "s.safetensors", "u.bin",
                                            "--dtype", "bf16"))
         self.assertIn("holds no state by --save-state",
-                      self.refused(1, "convert", "rwkv7", "u.bin"))
+                      self.refused(2, "convert", "rwkv7", "u.bin"))
 
     def test_a_tuned_state_of_torch_changes_eval_as_it_should(self):
         plain = json.loads(self.rookery("eval", "--model", "rwkv7", "--data", "valid", "--json"))
@@ -129,11 +129,12 @@ class StateFiles(unittest.TestCase):
                  "train.save_every_steps=10")
         self.train(*start, "train.total_steps=20")
         last = support.metrics(self.folder / "tuned")[-1]
-        evaluated = json.loads(self.rookery(
-            "eval", "--model", "tuned", "--data", "valid", "--state", "start.pth", "--json"))
-        self.assertAlmostEqual(last["validation_loss"], evaluated["loss"], delta=1e-5)
-        without = json.loads(self.rookery("eval", "--model", "tuned", "--data", "valid", "--json"))
-        self.assertGreater(without["loss"], evaluated["loss"] + 1e-3)
+        losses = [json.loads(self.rookery("eval", "--model", "tuned", "--data", "valid", "--json",
+                                          *state))["loss"]
+                  for state in ((), ("--state", "start.pth"), ("--state", "none"))]
+        self.assertAlmostEqual(last["validation_loss"], losses[0], delta=1e-5)
+        self.assertEqual(losses[1], losses[0])
+        self.assertGreater(losses[2], losses[0] + 1e-3)
         # It goes on from the same state, wherever it lies, and from no other.
         (self.folder / "start.pth").rename(self.folder / "moved.pth")
         checkpoint = self.folder / "tuned" / "checkpoints" / "step_00000020"
@@ -149,6 +150,37 @@ class StateFiles(unittest.TestCase):
                                *(f"--set={option}" for option in options), cwd=self.folder)
             self.assertEqual(done.returncode, 2)
             self.assertIn(text, support.error_message(done.stderr))
+
+    def test_a_runs_model_starts_from_the_runs_state(self):
+        self.time_state("own.pth", value=5)
+        self.train("init.state=own.pth", "init.from=rwkv7", "train.run_dir=own",
+                   "train.total_steps=5", "sample.every_steps=5", "sample.prompt=The",
+                   "sample.length=20", "sample.temperature=0")
+        sample = json.loads((self.folder / "own/samples.jsonl").read_text().splitlines()[-1])
+        of_itself = self.generate("own", "The", "--length", 20)
+        self.assertIn(sample["text"], of_itself)
+        self.assertNotEqual(self.generate("own", "The", "--length", 20, "--state", "none"),
+                            of_itself)
+        self.rookery("convert", "own", "own.safetensors")
+        self.assertEqual(self.generate("own.safetensors", "The", "--length", 20), of_itself)
+        # One that is given goes first, whatever became of the run's.
+        (self.folder / "own.pth").rename(self.folder / "kept.pth")
+        self.time_state("own.pth", value=0.6)
+        eval_own = ("eval", "--model", "own", "--data", "valid")
+        self.assertIn("from the state in own.pth (init.state), then with the checksum",
+                      self.refused(1, *eval_own))
+        (self.folder / "own.pth").unlink()
+        for model in ("own", "own.safetensors"):
+            message = self.refused(1, "generate", "--model", model, "--prompt", "The")
+            self.assertIn("from the state in own.pth (init.state), which is not there; name the "
+                          "file with --state, or begin from nothing with --state none", message)
+        self.rookery(*eval_own, "--state", "kept.pth")
+
+    def test_a_run_that_is_refused_for_its_state_leaves_nothing(self):
+        self.generate("rwkv4", "The", "--length", 0, "--save-state", "s4.safetensors")
+        for state in ("s4.safetensors", "none.pth"):
+            self.assertIn(state, self.refused(1, "train", "--config", "rwkv7.toml", "--set",
+                                              "train.run_dir=new", "--set", f"init.state={state}"))
 
     def test_what_does_not_fit_is_refused_and_nothing_is_written(self):
         self.generate("rwkv4", "The", "--length", 0, "--save-state", "s4.safetensors")

@@ -11,7 +11,6 @@
 #include "model/formats/pth.h"
 #include "model/formats/state_tensors.h"
 #include "train/commands/commands.h"
-#include "train/manifest.h"
 #include "train/run_folder.h"
 
 namespace rwkv {
@@ -103,9 +102,7 @@ int convert_command(int argc, char** argv) {
   }
   const std::optional<WeightDtype> target = target_of(*parsed, to_buffer);
   const std::string from = find_model((*parsed)["from"].as<std::string>());
-  if (const std::string damage = find_damage_of_model(from); !damage.empty()) {
-    throw std::runtime_error(damage + "; nothing was written: name another checkpoint");
-  }
+  require_whole_model(from);
   WeightFile file = read_weights(from);
   if (std::filesystem::exists(to) && std::filesystem::equivalent(file.path, to)) {
     throw std::invalid_argument(to + ": is the file to read; give another name to write");
@@ -116,8 +113,9 @@ int convert_command(int argc, char** argv) {
   }
   verify_checksums(file);
   if (to_buffer && state_kind(file) != StateKind::kOwn) {
-    throw std::runtime_error(file.path + ": holds no state by --save-state, expected one for " +
-                             to + ", rwkv.cpp's state buffer; name a .pth or .safetensors");
+    throw std::invalid_argument(to + ": the ending names rwkv.cpp's state buffer, but " +
+                                file.path +
+                                " holds no state by --save-state; use .pth, .safetensors or .st");
   }
   if (state_kind(file) == StateKind::kOwn && std::filesystem::path(to).extension() == ".pth") {
     file.tensors = as_time_state(file);

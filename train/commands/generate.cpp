@@ -59,7 +59,7 @@ int generate_command(int argc, char** argv) {
   if (parsed->count("save-state") > 0) {
     check_state_path((*parsed)["save-state"].as<std::string>());
   }
-  const std::string path = find_model((*parsed)["model"].as<std::string>());
+  const std::string path = find_model((*parsed)["model"].as<std::string>(), Scrutiny::kWeights);
   const auto spec = parsed->count("tokenizer") > 0
                         ? std::optional((*parsed)["tokenizer"].as<std::string>())
                         : std::nullopt;
@@ -74,7 +74,7 @@ int generate_command(int argc, char** argv) {
                                      .length = length,
                                      .sampling = sampling,
                                      .seed = (*parsed)["seed"].as<uint64_t>(),
-                                     .continues = parsed->count("state") > 0},
+                                     .continues = given_state(*parsed).has_value()},
                                     [&](std::string_view text) {
                                       // Only now: a prompt that cannot be continued leaves no half
                                       // result.
