@@ -100,30 +100,6 @@ TEST(Rwkv4Gradients, MatchFloat64ForEveryParameter) {
   }
 }
 
-TEST(Rwkv4Gradients, MatchTheSyntheticModels) {
-  const std::string folder = test::find_test_data("derived/rwkv4_synthetic");
-  SKIP_WITHOUT(folder);
-  const at::Tensor tokens =
-      test::load_raw(folder + "/tokens_i32_2x21.bin", at::kInt, {2, 21}).to(at::kLong);
-  const Batch2D batch{tokens.slice(1, 0, 20), tokens.slice(1, 1, 21)};
-  RwkvModel model = open_model(folder + "/weights_fp32.pth", at::kFloat);
-  const at::Tensor logits = logits_of(model, batch.inputs_BT);
-  EXPECT_TRUE(test::close_max(
-      logits, test::load_raw(folder + "/logits_f64_2x20x48.bin", at::kDouble, {2, 20, 48}), 2e-5));
-  const at::Tensor loss =
-      model->loss(batch.inputs_BT, batch.targets_BT, model->initial_state(2), 0).loss;
-  EXPECT_NEAR(loss.item<double>(), 4.246744724592618, 1e-6);
-  for (const auto& [file, l2wrap] :
-       {std::pair{"/grads_ce_fp32.pth", 0.0}, std::pair{"/grads_ce_l2wrap_fp32.pth", 1e-4}}) {
-    auto golden = test::load_tensors(folder + file);
-    const auto gradients = gradients_of(model, batch, l2wrap);
-    EXPECT_EQ(gradients.size(), golden.size());
-    for (const auto& [name, gradient] : gradients) {
-      EXPECT_TRUE(test::close_l2(gradient, golden[name].view_as(gradient), 1e-5)) << name;
-    }
-  }
-}
-
 TEST(Rwkv4Loss, IsTheMeanCrossEntropyOfTheLogits) {
   auto golden = test::load_tensors(test::golden("rwkv4_odd_grads.safetensors"));
   const Batch2D batch{golden["inputs"], golden["targets"]};

@@ -8,12 +8,12 @@
 #include <gtest/gtest.h>
 #include <nlohmann/json.hpp>
 
-#include "model/formats/format_registry.h"
 #include "model/initial_values.h"
 #include "model/rwkv7.h"
 #include "model/rwkv_model.h"
 #include "model/version_shapes.h"
 #include "model/weights.h"
+#include "tests/support/changed_file.h"
 #include "tests/support/tensors.h"
 #include "tests/support/test_data.h"
 #include "tests/support/tiny_model.h"
@@ -316,23 +316,9 @@ TEST(Rwkv7Config, RefusesWhatIsNotItsOwn) {
             "model.dim_att = 128: rwkv7 has n_embd = 64; leave the key out");
 }
 
-class Rwkv7File : public testing::Test {
+class Rwkv7File : public test::ChangedFile {
  protected:
-  void SetUp() override {
-    path_ = test::find_test_data("derived/rwkv567_synthetic/v7_weights_fp32.pth");
-    SKIP_WITHOUT(path_);
-    tensors_ = test::load_tensors(path_);
-  }
-  // What opening the file says once it is changed.
-  std::string error() {
-    NamedTensors named(tensors_.begin(), tensors_.end());
-    const std::string path = folder_.path("changed.safetensors");
-    write_weights(path, to_write(named), {});
-    return THROWN_TEXT(std::runtime_error, open_model(path, at::kFloat));
-  }
-  std::string path_;
-  std::map<std::string, at::Tensor> tensors_;
-  test::TempFolder folder_;
+  Rwkv7File() : ChangedFile("derived/rwkv567_synthetic/v7_weights_fp32.pth") {}
 };
 
 TEST_F(Rwkv7File, OfTwoVersionsNamesTheTensor) {

@@ -12,6 +12,18 @@
 
 namespace rwkv::test {
 
+RwkvModel model_of(const std::map<std::string, at::Tensor>& tensors, const ModelConfig& config) {
+  RwkvModel model(config);
+  const at::NoGradGuard no_grad;
+  model->set_dtype(at::kFloat);
+  auto parameters = model->named_parameters();
+  EXPECT_EQ(parameters.size(), tensors.size());
+  for (auto& item : parameters) {
+    item.value().copy_(tensors.at(item.key()).view_as(item.value()));
+  }
+  return model;
+}
+
 void expect_tiny_model(RwkvModel model, const std::string& name, int64_t likeliest) {
   const at::NoGradGuard no_grad;
   const auto raw = [](const std::string& file, at::ScalarType dtype, at::IntArrayRef shape) {
