@@ -111,4 +111,11 @@ int64_t num_wide_axes(at::IntArrayRef shape) {
   return std::ranges::count_if(shape, [](int64_t size) { return size > 1; });
 }
 
+ParameterTraits headed_traits(std::string_view name, at::IntArrayRef shape) {
+  const bool is_decay = name.ends_with(".att.time_decay");
+  return {.lr_scale = is_decay ? 2.0 : 1.0,
+          .weight_decay = num_wide_axes(shape) >= 2 && name.ends_with(".weight"),
+          .keep_fp32 = is_decay || name.ends_with(".att.time_faaaa")};
+}
+
 }  // namespace rwkv

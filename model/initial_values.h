@@ -8,6 +8,7 @@
 #include <ATen/core/Tensor.h>
 
 #include "model/model_config.h"
+#include "model/version_registry.h"
 
 namespace rwkv {
 
@@ -60,5 +61,7 @@ at::Tensor initial_head_states(const ModelConfig& config,
 
 // Sizes of `shape` above 1: 2 for a matrix.
 int64_t num_wide_axes(at::IntArrayRef shape);
+// RWKV-5's and -6's.
+ParameterTraits headed_traits(std::string_view name, at::IntArrayRef shape);
 
 }  // namespace rwkv

@@ -49,15 +49,6 @@ void initialise(const ModelConfig& config,
   }
 }
 
-// ---- Training classes ---------------------------------------------------------------------------
-
-ParameterTraits traits(std::string_view name, at::IntArrayRef shape) {
-  const bool is_decay = name.ends_with(".att.time_decay");
-  return {.lr_scale = is_decay ? 2.0 : 1.0,
-          .weight_decay = num_wide_axes(shape) >= 2 && name.ends_with(".weight"),
-          .keep_fp32 = is_decay || name.ends_with(".att.time_faaaa")};
-}
-
 }  // namespace
 
 Rwkv5TimeMix::Rwkv5TimeMix(const ModelConfig& config)
@@ -116,7 +107,7 @@ ModelVersion rwkv5_version() {
       },
       .initial_wkv = &initial_head_states,
       .initialise = &initialise,
-      .traits = &traits};
+      .traits = &headed_traits};
 }
 
 }  // namespace rwkv

@@ -22,7 +22,8 @@ ModelConfig config_of_file(const TensorShapes& shapes) {
   const int64_t C = config.n_embd;
   config.dim_att = matrix_shape_of(shapes, "blocks.0.att.key.weight")[0];
   config.dim_ffn = matrix_shape_of(shapes, "blocks.0.ffn.key.weight")[0];
-  config.head_size = matrix_shape_of(shapes, "blocks.0.att.time_faaaa")[1];
+  const int64_t A = config.dim_att;
+  config.head_size = head_size_of(shapes, "blocks.0.att.time_faaaa", A, "att.key.weight");
   const int64_t columns = matrix_shape_of(shapes, "blocks.0.att.time_maa_w1")[1];
   if (columns == 0 || columns % kNumMixes != 0) {
     throw std::runtime_error("blocks.0.att.time_maa_w1 has " + std::to_string(columns) +
@@ -31,13 +32,6 @@ ModelConfig config_of_file(const TensorShapes& shapes) {
   }
   config.rank_mix = columns / kNumMixes;
   config.rank_decay = matrix_shape_of(shapes, "blocks.0.att.time_decay_w1")[1];
-  const int64_t A = config.dim_att;
-  if (config.head_size == 0 || A % config.head_size != 0) {
-    throw std::runtime_error("blocks.0.att.time_faaaa has heads of " +
-                             std::to_string(config.head_size) +
-                             " channels, expected a divisor of the " + std::to_string(A) +
-                             " of att.key.weight; the file is damaged");
-  }
   for (int64_t layer = 0; layer < config.n_layer; ++layer) {
     const std::string block = "blocks." + std::to_string(layer);
     require_shape(shapes, block + ".ln1.weight", {C});
@@ -51,22 +45,17 @@ ModelConfig config_of_file(const TensorShapes& shapes) {
 }
 
 void resolve(ModelConfig& config) {
-  const auto fill = [](int64_t& value, int64_t with) { value = value == 0 ? with : value; };
-  fill(config.dim_att, config.n_embd);
+  fill_open(config.dim_att, config.n_embd);
   // The author's: 3.5 times n_embd, down to a multiple of 32.
-  fill(config.dim_ffn, std::max<int64_t>(32, config.n_embd * 7 / 2 / 32 * 32));
-  fill(config.head_size, kHeadSize);
+  fill_open(config.dim_ffn, std::max<int64_t>(32, config.n_embd * 7 / 2 / 32 * 32));
+  fill_open(config.head_size, kHeadSize);
   const int64_t widening = config.n_embd >= 4096 ? 2 : 1;
-  fill(config.rank_mix, widening * kRankMix);
-  fill(config.rank_decay, widening * kRankDecay);
+  fill_open(config.rank_mix, widening * kRankMix);
+  fill_open(config.rank_decay, widening * kRankDecay);
   refuse_key("rank_iclr", config.rank_iclr, "rwkv6");
   refuse_key("rank_value", config.rank_value, "rwkv6");
   refuse_key("rank_gate", config.rank_gate, "rwkv6");
-  if (config.head_size < 0 || config.dim_att % config.head_size != 0) {
-    throw std::invalid_argument("model.dim_att = " + std::to_string(config.dim_att) +
-                                ": must be a multiple of model.head_size, " +
-                                std::to_string(config.head_size));
-  }
+  require_whole_heads(config, "dim_att", config.dim_att);
 }
 
 TensorShapes parameters(const ModelConfig& config) {

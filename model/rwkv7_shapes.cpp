@@ -30,16 +30,11 @@ ModelConfig config_of_file(const TensorShapes& shapes) {
   const int64_t C = config.n_embd;
   config.dim_att = C;
   config.dim_ffn = matrix_shape_of(shapes, "blocks.0.ffn.key.weight")[0];
-  config.head_size = matrix_shape_of(shapes, "blocks.0.att.r_k")[1];
+  config.head_size = head_size_of(shapes, "blocks.0.att.r_k", C, "emb.weight");
   config.rank_decay = rank_in(shapes, "w1");
   config.rank_iclr = rank_in(shapes, "a1");
   config.rank_value = rank_in(shapes, "v1");
   config.rank_gate = rank_in(shapes, "g1");
-  if (config.head_size == 0 || C % config.head_size != 0) {
-    throw std::runtime_error("blocks.0.att.r_k has heads of " + std::to_string(config.head_size) +
-                             " channels, expected a divisor of the " + std::to_string(C) +
-                             " of emb.weight; the file is damaged");
-  }
   for (int64_t layer = 0; layer < config.n_layer; ++layer) {
     const std::string block = "blocks." + std::to_string(layer);
     require_shape(shapes, block + ".ln1.weight", {C});
@@ -63,25 +58,20 @@ int64_t rank_for(int64_t n_embd, double factor) {
 }
 
 void resolve(ModelConfig& config) {
-  const auto fill = [](int64_t& value, int64_t with) { value = value == 0 ? with : value; };
-  fill(config.dim_att, config.n_embd);
-  fill(config.dim_ffn, 4 * config.n_embd);
-  fill(config.head_size, kHeadSize);
-  fill(config.rank_decay, rank_for(config.n_embd, 2.5));
-  fill(config.rank_iclr, rank_for(config.n_embd, 2.5));
-  fill(config.rank_value, rank_for(config.n_embd, 1.7));
-  fill(config.rank_gate, rank_for(config.n_embd, 5));
+  fill_open(config.dim_att, config.n_embd);
+  fill_open(config.dim_ffn, 4 * config.n_embd);
+  fill_open(config.head_size, kHeadSize);
+  fill_open(config.rank_decay, rank_for(config.n_embd, 2.5));
+  fill_open(config.rank_iclr, rank_for(config.n_embd, 2.5));
+  fill_open(config.rank_value, rank_for(config.n_embd, 1.7));
+  fill_open(config.rank_gate, rank_for(config.n_embd, 5));
   refuse_key("rank_mix", config.rank_mix, "rwkv7");
   if (config.dim_att != config.n_embd) {
     throw std::invalid_argument("model.dim_att = " + std::to_string(config.dim_att) +
                                 ": rwkv7 has n_embd = " + std::to_string(config.n_embd) +
                                 "; leave the key out");
   }
-  if (config.head_size < 0 || config.n_embd % config.head_size != 0) {
-    throw std::invalid_argument("model.n_embd = " + std::to_string(config.n_embd) +
-                                ": must be a multiple of model.head_size, " +
-                                std::to_string(config.head_size));
-  }
+  require_whole_heads(config, "n_embd", config.n_embd);
 }
 
 TensorShapes parameters(const ModelConfig& config) {

@@ -24,14 +24,9 @@ void for_each_tensor(int64_t layer, LayerState& state, const Visit& visit) {
 }
 
 void check_version(const WeightFile& file, const ModelConfig& config) {
-  const auto version = file.metadata.find(kStateVersion);
-  if (version == file.metadata.end()) {
-    throw std::runtime_error(file.path +
-                             ": does not say of which version its state is, expected \"" +
-                             kStateVersion + "\" in its metadata; was it rewritten?");
-  }
-  if (version->second != config.version) {
-    throw std::runtime_error(file.path + ": is a state of " + in_quotes(version->second) +
+  const std::string& version = version_of_state(file);
+  if (version != config.version) {
+    throw std::runtime_error(file.path + ": is a state of " + in_quotes(version) +
                              ", expected one of the model's version, \"" + config.version +
                              "\"; make it with this model");
   }
@@ -75,11 +70,20 @@ at::Tensor load_row(const WeightFile& file,
   return tensor;
 }
 
+StateSizes sizes_of_state(const RwkvModel& model) {
+  const ModelConfig& config = model->config();
+  return {.version = config.version,
+          .n_layer = config.n_layer,
+          .n_embd = config.n_embd,
+          .wkv_shape = model->initial_state(1).layers[0].wkv.sizes().slice(1).vec()};
+}
+
 }  // namespace
 
 State load_state(const std::string& path, const RwkvModel& model) {
-  const WeightFile file = read_weights(path);
   const ModelConfig& config = model->config();
+  const WeightFile file =
+      is_state_buffer(path) ? read_state_buffer(path, sizes_of_state(model)) : read_weights(path);
   State state = model->initial_state(1);
   const StateKind kind = state_kind(file);
   if (kind == StateKind::kOwn) {
@@ -115,6 +119,7 @@ State load_state(const std::string& path, const RwkvModel& model) {
 
 void save_state(const std::string& path, const State& state, const RwkvModel& model) {
   check_state_path(path);
+  const bool is_buffer = is_state_buffer(path);
   const ModelConfig& config = model->config();
   NamedTensors tensors;
   for (int64_t layer = 0; layer < config.n_layer; ++layer) {
@@ -126,8 +131,17 @@ void save_state(const std::string& path, const State& state, const RwkvModel& mo
                                  " of the state has values that are not finite, so nothing was "
                                  "written; rookery inspect shows whether the model's weights are");
       }
-      tensors.emplace_back(name, tensor.detach().squeeze(0).cpu().contiguous());
+      // A buffer's numbers are fp32, which has every bf16.
+      tensors.emplace_back(name,
+                           tensor.detach()
+                               .squeeze(0)
+                               .to(at::kCPU, is_buffer ? at::kFloat : tensor.scalar_type())
+                               .contiguous());
     });
+  }
+  if (is_buffer) {
+    write_state_buffer(path, to_write(tensors), sizes_of_state(model));
+    return;
   }
   std::map<std::string, std::string> metadata = {{kStateVersion, config.version},
                                                  {kStateLayers, std::to_string(config.n_layer)},
@@ -139,6 +153,9 @@ void save_state(const std::string& path, const State& state, const RwkvModel& mo
 }
 
 void check_state_path(const std::string& path) {
+  if (is_state_buffer(path)) {
+    return;
+  }
   check_weights_path(path);
   if (std::filesystem::path(path).extension() == ".pth") {
     throw std::invalid_argument(path +

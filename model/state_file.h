@@ -1,8 +1,9 @@
 // Recurrent states in files: of one sequence, to go on from in another program or on another day.
 //
 // Ours are .safetensors, exact to the bit: what was read before a state was saved need not be read
-// again. RWKV-LM's time_state, from state tuning, is read from any weight file. Names, shapes and
-// metadata of both: model/formats/state_tensors.h.
+// again. RWKV-LM's time_state, from state tuning, is read from any weight file; rwkv.cpp's buffer
+// is read and written where a name ends in .bin. Names, shapes and metadata of all three:
+// model/formats/state_tensors.h.
 #pragma once
 
 #include <string>
@@ -12,9 +13,9 @@
 
 namespace rwkv {
 
-// The state in a file, of either kind: one batch row, on the CPU, in the file's numbers. Throws
+// The state in a file of any kind: one batch row, on the CPU, in the file's numbers. Throws
 // std::runtime_error naming file and tensor, with what the model asks for, if it is a state of
-// another version, of other sizes, or none.
+// another version, of other sizes, or none; a buffer's size is all that can be wrong with it.
 State load_state(const std::string& path, const RwkvModel& model);
 
 // Writes a state of one batch row, which `model` made. Throws std::invalid_argument as

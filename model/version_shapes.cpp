@@ -168,6 +168,19 @@ void require_shape(const TensorShapes& shapes,
   }
 }
 
+int64_t head_size_of(const TensorShapes& shapes,
+                     const std::string& name,
+                     int64_t channels,
+                     const char* channels_of) {
+  const int64_t head_size = matrix_shape_of(shapes, name)[1];
+  if (head_size == 0 || channels % head_size != 0) {
+    throw std::runtime_error(name + " has heads of " + std::to_string(head_size) +
+                             " channels, expected a divisor of the " + std::to_string(channels) +
+                             " of " + channels_of + "; the file is damaged");
+  }
+  return head_size;
+}
+
 TensorShapes common_parameters(const ModelConfig& config) {
   const int64_t C = config.n_embd, V = config.vocab_size;
   TensorShapes shapes{{"emb.weight", {V, C}}, {"head.weight", {V, C}}};
@@ -182,6 +195,18 @@ TensorShapes common_parameters(const ModelConfig& config) {
     add_norm("blocks." + std::to_string(layer) + ".ln2");
   }
   return shapes;
+}
+
+void fill_open(int64_t& value, int64_t with) {
+  value = value == 0 ? with : value;
+}
+
+void require_whole_heads(const ModelConfig& config, const char* key, int64_t channels) {
+  if (config.head_size < 0 || channels % config.head_size != 0) {
+    throw std::invalid_argument("model." + std::string(key) + " = " + std::to_string(channels) +
+                                ": must be a multiple of model.head_size, " +
+                                std::to_string(config.head_size));
+  }
 }
 
 void refuse_key(const char* key, int64_t value, std::string_view version) {

@@ -73,8 +73,18 @@ ModelConfig common_config_of(const TensorShapes& shapes, std::string_view versio
 void require_shape(const TensorShapes& shapes,
                    const std::string& name,
                    const std::vector<int64_t>& expected);
+// N of a tensor of heads, [H, N]. Throws std::runtime_error unless heads of so many make the
+// channels, which `channels_of` has.
+int64_t head_size_of(const TensorShapes& shapes,
+                     const std::string& name,
+                     int64_t channels,
+                     const char* channels_of);
 // emb, head, ln_out and the norms of the blocks, which all versions have.
 TensorShapes common_parameters(const ModelConfig& config);
+// Fills a value that a configuration leaves open.
+void fill_open(int64_t& value, int64_t with);
+// Throws std::invalid_argument naming the key unless heads of model.head_size make its channels.
+void require_whole_heads(const ModelConfig& config, const char* key, int64_t channels);
 // "model.head_size = 8: rwkv4 has none; leave the key out", unless the value is 0.
 void refuse_key(const char* key, int64_t value, std::string_view version);
 

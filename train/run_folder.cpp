@@ -88,6 +88,24 @@ uint64_t bytes_in(const fs::path& folder) {
   return bytes;
 }
 
+// Does nothing where there is no damage.
+void refuse_damaged(const std::string& checkpoint, const std::string& damage) {
+  if (damage.empty()) {
+    return;
+  }
+  const fs::path folder(checkpoint);
+  const auto checkpoints = list_checkpoints(folder.parent_path().parent_path().string());
+  const auto older = std::find_if(checkpoints.rbegin(), checkpoints.rend(), [&](const auto& found) {
+    return found.first < step_of(folder).value_or(0) &&
+           find_damage(found.second.string(), Scrutiny::kWeights).empty();
+  });
+  throw std::runtime_error(
+      damage +
+      (older == checkpoints.rend()
+           ? "; no older checkpoint is whole beside it: copy the file there again"
+           : "; name an older checkpoint, the newest whole one is " + older->second.string()));
+}
+
 }  // namespace
 
 fs::path checkpoints_folder(const std::string& run_dir) {
@@ -196,7 +214,7 @@ void require_space_for_next_checkpoint(const std::string& run_dir) {
   require_space(folder, free_bytes, bytes_in(*newest));
 }
 
-std::string find_model(const std::string& path) {
+std::string find_model(const std::string& path, Scrutiny scrutiny) {
   if (!fs::is_directory(checkpoints_folder(path))) {
     return path;
   }
@@ -205,10 +223,12 @@ std::string find_model(const std::string& path) {
     throw std::runtime_error(checkpoints_folder(path).string() +
                              ": holds no checkpoint yet, expected folders step_...; train first");
   }
-  if (const std::string damage = find_damage(*newest, Scrutiny::kSizes); !damage.empty()) {
-    throw std::runtime_error(damage + "; an older checkpoint is read if its folder is named");
-  }
+  refuse_damaged(*newest, find_damage(*newest, scrutiny));
   return *newest;
+}
+
+void require_whole_model(const std::string& path) {
+  refuse_damaged(path, find_damage_of_model(path));
 }
 
 RunConfig parse_kept_config(const std::string& text, const std::string& name) {

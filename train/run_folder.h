@@ -76,9 +76,12 @@ void require_space_for_checkpoint(const std::string& run_dir, uint64_t bytes);
 void require_space_for_next_checkpoint(const std::string& run_dir);
 
 // The weights that a path given by a user means: a run's newest checkpoint, or the path itself (a
-// checkpoint folder or a weight file). Throws std::runtime_error if a run holds no checkpoint, or
-// naming the file if the newest is not whole by its sizes (train/manifest.h).
-std::string find_model(const std::string& path);
+// checkpoint folder or a weight file). Those who read all weights ask for Scrutiny::kWeights.
+// Throws std::runtime_error if a run holds no checkpoint, or naming the file if the newest is not
+// whole, and the newest older one that is.
+std::string find_model(const std::string& path, Scrutiny scrutiny = Scrutiny::kSizes);
+// The same error if a checkpoint, which may have been named itself, has damaged weights.
+void require_whole_model(const std::string& path);
 
 // The configuration kept in a model file's metadata, if it was made by us.
 std::optional<RunConfig> config_in(const WeightFile& file);

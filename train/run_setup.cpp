@@ -125,7 +125,7 @@ void set_initial_weights(RwkvModel& model, const RunConfig& config) {
   if (!config.init.from) {
     return;
   }
-  const std::string path = find_model(*config.init.from);
+  const std::string path = find_model(*config.init.from, Scrutiny::kWeights);
   const LoadReport report = load_weights(model, read_weights(path), rules_of(config.init));
   require_use(
       config.init.allow_missing, report.missing, "init.allow_missing", "missing in " + path);

@@ -194,6 +194,9 @@ Trainer::Trainer(const RunConfig& config,
                                 std::to_string(placement_.world_size) +
                                 " processes; give at least one to each");
   }
+  freeze_parameters(model_, config_.optimizer.freeze);
+  initial_state_ = set_initial_state(model_, config_.init);
+  // What is refused before leaves no folder behind.
   if (purpose == Purpose::kTrain && is_first()) {
     lock_.emplace(config_.train.run_dir);
     require_writable_checkpoints(config_.train.run_dir);
@@ -282,12 +285,10 @@ void Trainer::prepare(std::optional<int64_t> before_step) {
     make_initial_weights();
   }
   started_step_ = state_.step;
-  const std::string initial_state = set_initial_state(model_, config_.init);
   if (checkpoint) {
-    check_same_initial_state(initial_state, state_.initial_state, *checkpoint);
+    check_same_initial_state(initial_state_, state_.initial_state, *checkpoint);
   }
-  state_.initial_state = initial_state;
-  freeze_parameters(model_, config_.optimizer.freeze);
+  state_.initial_state = initial_state_;
   move_to_device(model_, device_);
   model_->set_recompute(config_.train.recompute);
   // A GPU's memory is dear; the sum of several gradients keeps fp32.

@@ -145,6 +145,7 @@ class Trainer {
   SampleOrder order_;
   std::optional<int64_t> total_steps_;
   RwkvModel model_;
+  std::string initial_state_;  // content_hash() of init.state; empty: none
   OpenDevice device_;
   std::unique_ptr<Communicator> communicator_;  // null for one process alone
   std::unique_ptr<Optimizer> optimizer_;

@@ -10,6 +10,7 @@
 #include "model/ops/cpu_vector.h"
 #include "model/ops/gated_residual.h"
 #include "model/ops/relu_squared.h"
+#include "model/ops/tensor_data.h"
 
 namespace rwkv::ops {
 namespace {
@@ -64,27 +65,6 @@ RWKV_INLINE void relu_squared_backward_body(Element* h, const Element* dh, int64
 
 // ---- Tensors to pointers ------------------------------------------------------------------------
 
-template <typename Element>
-const Element* data_of(const at::Tensor& tensor) {
-  return static_cast<const Element*>(tensor.const_data_ptr());
-}
-template <typename Element>
-Element* mutable_data_of(const at::Tensor& tensor) {
-  return static_cast<Element*>(tensor.mutable_data_ptr());
-}
-
-// Calls `work.operator()<Element>()` for the tensor's type.
-template <typename Work>
-void with_element_of(const at::Tensor& tensor, const Work& work) {
-  switch (tensor.scalar_type()) {
-    case at::kBFloat16:
-      return work.template operator()<Bf16>();
-    case at::kFloat:
-      return work.template operator()<float>();
-    default:
-      return work.template operator()<double>();
-  }
-}
 // Calls `body(a vector, first, count)` for stretches of `size` elements, in parallel.
 template <typename Element, typename Body>
 void for_each_stretch(int64_t size, const Body& body) {

@@ -7,6 +7,8 @@
 #include <torch/csrc/autograd/custom_function.h>
 #include <torch/library.h>
 
+#include "model/ops/arguments.h"
+
 namespace rwkv::ops {
 namespace {
 
@@ -33,10 +35,6 @@ using Backward = BackwardResult(const at::Tensor&,
                                 const std::optional<at::Tensor>&,
                                 const std::optional<at::Tensor>&,
                                 at::TensorList);
-
-std::optional<at::Tensor> optional(const at::Tensor& tensor) {
-  return tensor.defined() ? std::optional(tensor.contiguous()) : std::nullopt;
-}
 
 void check_shape(const char* name,
                  const at::Tensor& tensor,
@@ -140,8 +138,8 @@ struct LayerNormShiftMixFunction : torch::autograd::Function<LayerNormShiftMixFu
                                                                     saved[3],
                                                                     saved[4],
                                                                     saved[5],
-                                                                    optional(grads[0]),
-                                                                    optional(grads[1]),
+                                                                    if_defined(grads[0]),
+                                                                    if_defined(grads[1]),
                                                                     dmixed_J);
     const at::Tensor ddelta_BTC = context->saved_data["has_delta"].toBool() ? ds_BTC : at::Tensor();
     return {ds_BTC, ddelta_BTC, dweight_C, dbias_C, dcarry_BC, dmix_JC, at::Tensor()};
@@ -186,7 +184,7 @@ LayerNormShiftMixOutput layer_norm_shift_mix(const at::Tensor& x_BTC,
   check_arguments(x_BTC, delta_BTC, weight_C, bias_C, carry_BC, mix_JC);
   const at::Tensor x = x_BTC.contiguous();
   auto [sum_BTC, last_BC, statistics_BT2, mixed_J] = call_forward(x,
-                                                                  optional(delta_BTC),
+                                                                  if_defined(delta_BTC),
                                                                   weight_C.contiguous(),
                                                                   bias_C.contiguous(),
                                                                   carry_BC.contiguous(),

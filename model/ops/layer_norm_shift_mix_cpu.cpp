@@ -16,6 +16,7 @@
 #include "model/ops/cpu_sums.h"
 #include "model/ops/cpu_vector.h"
 #include "model/ops/layer_norm_shift_mix.h"
+#include "model/ops/tensor_data.h"
 
 namespace rwkv::ops {
 namespace {
@@ -388,19 +389,6 @@ void for_each_strip(const Sizes& sizes, const Work& work) {
       work(Strip{i / per_row, first, std::min(first + kStripLen, sizes.seq_len)}, i);
     }
   });
-}
-
-template <typename Element>
-const Element* data_of(const at::Tensor& tensor) {
-  return static_cast<const Element*>(tensor.const_data_ptr());
-}
-template <typename Element>
-Element* mutable_data_of(const at::Tensor& tensor) {
-  return tensor.defined() ? static_cast<Element*>(tensor.mutable_data_ptr()) : nullptr;
-}
-template <typename Element>
-const Element* data_of(const std::optional<at::Tensor>& tensor) {
-  return tensor ? data_of<Element>(*tensor) : nullptr;
 }
 
 at::ScalarType arithmetic_type(const at::Tensor& tensor) {

@@ -7,6 +7,7 @@
 #include <ATen/ATen.h>
 
 #include "model/ops/cpu_vector.h"
+#include "model/ops/tensor_data.h"
 
 namespace rwkv::ops {
 
@@ -84,22 +85,6 @@ RWKV_INLINE void load_transposed(Scalar* to, const Scalar* from, int64_t size, i
       to[j * stride + i] = from[i * size + j];
     }
   }
-}
-
-// ---- Tensors to pointers ------------------------------------------------------------------------
-
-template <typename Element>
-const Element* data_of(const at::Tensor& tensor) {
-  return static_cast<const Element*>(tensor.const_data_ptr());
-}
-template <typename Element>
-Element* mutable_data_of(const at::Tensor& tensor) {
-  return static_cast<Element*>(tensor.mutable_data_ptr());
-}
-// Null stays null.
-template <typename Pointer>
-Pointer* moved(Pointer* pointer, int64_t by) {
-  return pointer == nullptr ? nullptr : pointer + by;
 }
 
 }  // namespace rwkv::ops

@@ -7,6 +7,8 @@
 #include <torch/csrc/autograd/custom_function.h>
 #include <torch/library.h>
 
+#include "model/ops/arguments.h"
+
 namespace rwkv::ops {
 namespace {
 
@@ -53,17 +55,6 @@ void check_shapes(const at::Tensor& w_log_A,
               k_BTA.sizes());
 }
 
-void check_starts(const at::Tensor& starts_BT, const at::Tensor& k_BTA) {
-  TORCH_CHECK(!starts_BT.defined() || (starts_BT.sizes() == k_BTA.sizes().slice(0, 2) &&
-                                       starts_BT.scalar_type() == at::kBool),
-              "wkv4: starts_BT is ",
-              starts_BT.scalar_type(),
-              " ",
-              starts_BT.sizes(),
-              ", expected Bool [B, T] for k_BTA ",
-              k_BTA.sizes());
-}
-
 void check_dtypes(const at::Tensor& w_log_A,
                   const at::Tensor& k_BTA,
                   const at::Tensor& v_BTA,
@@ -95,10 +86,6 @@ void check_dtypes(const at::Tensor& w_log_A,
                 "; one of them is ",
                 tensor.scalar_type());
   }
-}
-
-std::optional<at::Tensor> optional(const at::Tensor& tensor) {
-  return tensor.defined() ? std::optional(tensor.contiguous()) : std::nullopt;
 }
 
 // y, the state after the last token, and what the device's backward wants of forward.
@@ -171,11 +158,11 @@ struct Wkv4Function : torch::autograd::Function<Wkv4Function> {
                                                                        saved[2],
                                                                        saved[3],
                                                                        saved[4],
-                                                                       optional(saved[5]),
-                                                                       optional(saved[6]),
+                                                                       if_defined(saved[5]),
+                                                                       if_defined(saved[6]),
                                                                        saved[7],
                                                                        dy_BTA,
-                                                                       optional(grads[1]));
+                                                                       if_defined(grads[1]));
     return {dw_A, dk_BTA, dv_BTA, du_A, dstate_in_B3A, dr_BTA, at::Tensor()};
   }
 };
@@ -217,14 +204,14 @@ Wkv4Output wkv4(const at::Tensor& w_log_A,
                 const at::Tensor& starts_BT) {
   check_shapes(w_log_A, k_BTA, v_BTA, u_A, state_B3A, r_BTA);
   check_dtypes(w_log_A, k_BTA, v_BTA, u_A, state_B3A, r_BTA);
-  check_starts(starts_BT, k_BTA);
+  check_starts("wkv4", {"starts_BT", starts_BT}, {"k_BTA", k_BTA});
   auto [y_BTA, state_out_B3A, carries] = call_forward(w_log_A.contiguous(),
                                                       k_BTA.contiguous(),
                                                       v_BTA.contiguous(),
                                                       u_A.contiguous(),
                                                       state_B3A.contiguous(),
-                                                      optional(r_BTA),
-                                                      optional(starts_BT));
+                                                      if_defined(r_BTA),
+                                                      if_defined(starts_BT));
   return {y_BTA, state_out_B3A};
 }
 

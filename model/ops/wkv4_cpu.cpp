@@ -16,6 +16,7 @@
 
 #include "model/ops/cpu_sums.h"
 #include "model/ops/cpu_vector.h"
+#include "model/ops/tensor_data.h"
 #include "model/ops/wkv4.h"
 
 namespace rwkv::ops {
@@ -495,15 +496,6 @@ RWKV_INLINE void backward_line(const Line<Element>& line, const LineGradients<El
 }
 
 // ---- Tensors to pointers ------------------------------------------------------------------------
-
-template <typename Element>
-const Element* data_of(const at::Tensor& tensor) {
-  return static_cast<const Element*>(tensor.const_data_ptr());
-}
-template <typename Element>
-Element* mutable_data_of(const at::Tensor& tensor) {
-  return static_cast<Element*>(tensor.mutable_data_ptr());
-}
 
 struct InputTensors {
   const at::Tensor& w_log_A;

@@ -7,6 +7,8 @@
 #include <torch/csrc/autograd/custom_function.h>
 #include <torch/library.h>
 
+#include "model/ops/arguments.h"
+
 namespace rwkv::ops {
 namespace {
 
@@ -14,82 +16,23 @@ using torch::autograd::AutogradContext;
 using torch::autograd::tensor_list;
 using OptionalTensor = std::optional<at::Tensor>;
 
-OptionalTensor if_defined(const at::Tensor& tensor) {
-  return tensor.defined() ? std::optional(tensor.contiguous()) : std::nullopt;
-}
-
 void check(const Wkv6Inputs& in,
            const at::Tensor& w0_C,
            const at::Tensor& u_C,
            const at::Tensor& state_BHNN,
            const at::Tensor& starts_BT) {
-  const at::Tensor& r = in.r_BTC;
-  TORCH_CHECK(r.dim() == 3, "wkv6: r_BTC is ", r.sizes(), ", expected [B, T, C]");
-  const at::ScalarType dtype = r.scalar_type();
-  TORCH_CHECK(dtype == at::kBFloat16 || dtype == at::kFloat || dtype == at::kDouble,
-              "wkv6: r_BTC is ",
-              dtype,
-              ", expected bfloat16, float or double");
-  const std::pair<const char*, const at::Tensor&> others[] = {
-      {"w_raw_BTC", in.w_raw_BTC}, {"k_BTC", in.k_BTC}, {"v_BTC", in.v_BTC}};
-  for (const auto& [name, tensor] : others) {
-    if (&tensor == &in.w_raw_BTC && !tensor.defined()) {
-      continue;
-    }
-    TORCH_CHECK(tensor.sizes() == r.sizes() && tensor.scalar_type() == dtype,
-                "wkv6: ",
-                name,
-                " is ",
-                tensor.scalar_type(),
-                " ",
-                tensor.sizes(),
-                " but r_BTC is ",
-                dtype,
-                " ",
-                r.sizes());
+  const Argument r{"r_BTC", in.r_BTC};
+  check_sequence("wkv6", r);
+  if (in.w_raw_BTC.defined()) {
+    check_like("wkv6", {"w_raw_BTC", in.w_raw_BTC}, r);
   }
-  const at::ScalarType exact = dtype == at::kDouble ? at::kDouble : at::kFloat;
-  const int64_t n_embd = r.size(2);
-  const std::pair<const char*, const at::Tensor&> vectors[] = {{"w0_C", w0_C}, {"u_C", u_C}};
-  for (const auto& [name, tensor] : vectors) {
-    TORCH_CHECK(tensor.sizes() == at::IntArrayRef({n_embd}) && tensor.scalar_type() == exact,
-                "wkv6: ",
-                name,
-                " is ",
-                tensor.scalar_type(),
-                " ",
-                tensor.sizes(),
-                ", expected ",
-                exact,
-                " [",
-                n_embd,
-                "] for r_BTC ",
-                r.sizes());
-  }
-  TORCH_CHECK(state_BHNN.dim() == 4 && state_BHNN.size(0) == r.size(0) &&
-                  state_BHNN.size(2) == state_BHNN.size(3) &&
-                  state_BHNN.size(1) * state_BHNN.size(2) == n_embd &&
-                  state_BHNN.scalar_type() == exact,
-              "wkv6: state_BHNN is ",
-              state_BHNN.scalar_type(),
-              " ",
-              state_BHNN.sizes(),
-              ", expected ",
-              exact,
-              " [",
-              r.size(0),
-              ", H, N, N] with H N = ",
-              n_embd,
-              " for r_BTC ",
-              r.sizes());
-  TORCH_CHECK(!starts_BT.defined() || (starts_BT.sizes() == r.sizes().slice(0, 2) &&
-                                       starts_BT.scalar_type() == at::kBool),
-              "wkv6: starts_BT is ",
-              starts_BT.scalar_type(),
-              " ",
-              starts_BT.sizes(),
-              ", expected Bool [B, T] for r_BTC ",
-              r.sizes());
+  check_like("wkv6", {"k_BTC", in.k_BTC}, r);
+  check_like("wkv6", {"v_BTC", in.v_BTC}, r);
+  const at::ScalarType exact = exact_type(in.r_BTC.scalar_type());
+  check_vector("wkv6", {"w0_C", w0_C}, exact, r);
+  check_vector("wkv6", {"u_C", u_C}, exact, r);
+  check_head_state("wkv6", {"state_BHNN", state_BHNN}, r);
+  check_starts("wkv6", {"starts_BT", starts_BT}, r);
 }
 
 // y, the state after the last token, and the states that backward starts from.

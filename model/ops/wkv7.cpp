@@ -7,6 +7,8 @@
 #include <torch/csrc/autograd/custom_function.h>
 #include <torch/library.h>
 
+#include "model/ops/arguments.h"
+
 namespace rwkv::ops {
 namespace {
 
@@ -17,68 +19,18 @@ void check(const Wkv7Inputs& in,
            const at::Tensor& w0_C,
            const at::Tensor& state_BHNN,
            const at::Tensor& starts_BT) {
-  const at::Tensor& r = in.r_BTC;
-  TORCH_CHECK(r.dim() == 3, "wkv7: r_BTC is ", r.sizes(), ", expected [B, T, C]");
-  const at::ScalarType dtype = r.scalar_type();
-  TORCH_CHECK(dtype == at::kBFloat16 || dtype == at::kFloat || dtype == at::kDouble,
-              "wkv7: r_BTC is ",
-              dtype,
-              ", expected bfloat16, float or double");
-  const std::pair<const char*, const at::Tensor&> others[] = {{"w_raw_BTC", in.w_raw_BTC},
-                                                              {"k_BTC", in.k_BTC},
-                                                              {"v_BTC", in.v_BTC},
-                                                              {"a_BTC", in.a_BTC},
-                                                              {"b_BTC", in.b_BTC}};
-  for (const auto& [name, tensor] : others) {
-    TORCH_CHECK(tensor.sizes() == r.sizes() && tensor.scalar_type() == dtype,
-                "wkv7: ",
-                name,
-                " is ",
-                tensor.scalar_type(),
-                " ",
-                tensor.sizes(),
-                " but r_BTC is ",
-                dtype,
-                " ",
-                r.sizes());
+  const Argument r{"r_BTC", in.r_BTC};
+  check_sequence("wkv7", r);
+  for (const Argument& argument : {Argument{"w_raw_BTC", in.w_raw_BTC},
+                                   Argument{"k_BTC", in.k_BTC},
+                                   Argument{"v_BTC", in.v_BTC},
+                                   Argument{"a_BTC", in.a_BTC},
+                                   Argument{"b_BTC", in.b_BTC}}) {
+    check_like("wkv7", argument, r);
   }
-  const at::ScalarType exact = dtype == at::kDouble ? at::kDouble : at::kFloat;
-  const int64_t n_embd = r.size(2);
-  TORCH_CHECK(w0_C.sizes() == at::IntArrayRef({n_embd}) && w0_C.scalar_type() == exact,
-              "wkv7: w0_C is ",
-              w0_C.scalar_type(),
-              " ",
-              w0_C.sizes(),
-              ", expected ",
-              exact,
-              " [",
-              n_embd,
-              "] for r_BTC ",
-              r.sizes());
-  TORCH_CHECK(state_BHNN.dim() == 4 && state_BHNN.size(0) == r.size(0) &&
-                  state_BHNN.size(2) == state_BHNN.size(3) &&
-                  state_BHNN.size(1) * state_BHNN.size(2) == n_embd &&
-                  state_BHNN.scalar_type() == exact,
-              "wkv7: state_BHNN is ",
-              state_BHNN.scalar_type(),
-              " ",
-              state_BHNN.sizes(),
-              ", expected ",
-              exact,
-              " [",
-              r.size(0),
-              ", H, N, N] with H N = ",
-              n_embd,
-              " for r_BTC ",
-              r.sizes());
-  TORCH_CHECK(!starts_BT.defined() || (starts_BT.sizes() == r.sizes().slice(0, 2) &&
-                                       starts_BT.scalar_type() == at::kBool),
-              "wkv7: starts_BT is ",
-              starts_BT.scalar_type(),
-              " ",
-              starts_BT.sizes(),
-              ", expected Bool [B, T] for r_BTC ",
-              r.sizes());
+  check_vector("wkv7", {"w0_C", w0_C}, exact_type(in.r_BTC.scalar_type()), r);
+  check_head_state("wkv7", {"state_BHNN", state_BHNN}, r);
+  check_starts("wkv7", {"starts_BT", starts_BT}, r);
 }
 
 // y, the state after the last token, and what the device's backward wants of forward.
@@ -173,10 +125,6 @@ struct Wkv7Function : torch::autograd::Function<Wkv7Function> {
                                .typed<Backward>();
     const auto saved = context->get_saved_variables();
     const at::Tensor dy_BTC = grads[0].defined() ? grads[0].contiguous() : at::zeros_like(saved[0]);
-    const std::optional<at::Tensor> starts_BT =
-        saved[9].defined() ? std::optional(saved[9]) : std::nullopt;
-    const std::optional<at::Tensor> dstate_BHNN =
-        grads[1].defined() ? std::optional(grads[1].contiguous()) : std::nullopt;
     auto [dr, dw_raw, dk, dv, da, db, dw0, dstate_in] = op.call(saved[0],
                                                                 saved[1],
                                                                 saved[2],
@@ -186,9 +134,9 @@ struct Wkv7Function : torch::autograd::Function<Wkv7Function> {
                                                                 saved[6],
                                                                 saved[7],
                                                                 saved[8],
-                                                                starts_BT,
+                                                                if_defined(saved[9]),
                                                                 dy_BTC,
-                                                                dstate_BHNN);
+                                                                if_defined(grads[1]));
     return {dr, dw_raw, dk, dv, da, db, dw0, dstate_in, at::Tensor()};
   }
 };
@@ -251,7 +199,7 @@ Wkv7Output wkv7(const Wkv7Inputs& inputs,
                    inputs.b_BTC.contiguous(),
                    w0_C.contiguous(),
                    state_BHNN.contiguous(),
-                   starts_BT.defined() ? std::optional(starts_BT.contiguous()) : std::nullopt,
+                   if_defined(starts_BT),
                    at::GradMode::is_enabled() && needs_gradient);
   return {y_BTC, state_out_BHNN};
 }

@@ -13,6 +13,7 @@
 
 #include "model/ops/cpu_sums.h"
 #include "model/ops/cpu_vector.h"
+#include "model/ops/tensor_data.h"
 #include "model/ops/wkv7_inputs.h"
 #include "model/ops/wkv7_output.h"
 
@@ -240,32 +241,6 @@ RWKV_INLINE void output_backward_head(const OutputBackward<Element, Scalar>& x,
 }
 
 // ---- Tensors to pointers ------------------------------------------------------------------------
-
-template <typename Element>
-const Element* data_of(const at::Tensor& tensor) {
-  return static_cast<const Element*>(tensor.const_data_ptr());
-}
-template <typename Element>
-const Element* data_of(const std::optional<at::Tensor>& tensor) {
-  return tensor ? data_of<Element>(*tensor) : nullptr;
-}
-template <typename Element>
-Element* mutable_data_of(const at::Tensor& tensor) {
-  return tensor.defined() ? static_cast<Element*>(tensor.mutable_data_ptr()) : nullptr;
-}
-
-// Calls `work.operator()<Element>()` for the tensor's type.
-template <typename Work>
-void with_element_of(const at::Tensor& tensor, const Work& work) {
-  switch (tensor.scalar_type()) {
-    case at::kBFloat16:
-      return work.template operator()<Bf16>();
-    case at::kFloat:
-      return work.template operator()<float>();
-    default:
-      return work.template operator()<double>();
-  }
-}
 
 // Calls `body(a vector, strip, index of the token's first element, first channel of the head)`.
 template <typename Scalar, typename Body>

@@ -7,6 +7,8 @@
 #include <torch/csrc/autograd/custom_function.h>
 #include <torch/library.h>
 
+#include "model/ops/arguments.h"
+
 namespace rwkv::ops {
 namespace {
 
@@ -35,10 +37,6 @@ ForwardResult call_forward(const at::Tensor& k_BTC,
                                                   const at::Tensor&,
                                                   int64_t)>();
   return op.call(k_BTC, a_raw_BTC, v_BTC, v_raw_BTC, v_first_BTC, k_k_C, k_a_C, head_size);
-}
-
-std::optional<at::Tensor> optional(const at::Tensor& tensor) {
-  return tensor.defined() ? std::optional(tensor.contiguous()) : std::nullopt;
 }
 
 struct Wkv7InputsFunction : torch::autograd::Function<Wkv7InputsFunction> {
@@ -88,16 +86,16 @@ struct Wkv7InputsFunction : torch::autograd::Function<Wkv7InputsFunction> {
     auto [dk, da_raw, dv, dv_raw, dv_first, dk_k, dk_a] =
         op.call(saved[0],
                 saved[1],
-                optional(saved[2]),
-                optional(saved[3]),
-                optional(saved[4]),
+                if_defined(saved[2]),
+                if_defined(saved[3]),
+                if_defined(saved[4]),
                 saved[5],
                 saved[6],
                 context->saved_data["head_size"].toInt(),
                 grads[0].contiguous(),
                 grads[1].contiguous(),
                 grads[2].contiguous(),
-                grads.size() > 3 ? optional(grads[3]) : std::nullopt);
+                grads.size() > 3 ? if_defined(grads[3]) : std::nullopt);
     return {dk, da_raw, dv, dv_raw, dv_first, dk_k, dk_a, at::Tensor()};
   }
 };
@@ -139,51 +137,20 @@ Wkv7InputsOutput wkv7_inputs(const at::Tensor& k_BTC,
                              const at::Tensor& k_k_C,
                              const at::Tensor& k_a_C,
                              int64_t head_size) {
-  const at::ScalarType dtype = k_BTC.scalar_type();
-  TORCH_CHECK(
-      k_BTC.dim() == 3 && (dtype == at::kBFloat16 || dtype == at::kFloat || dtype == at::kDouble),
-      "wkv7_inputs: k_BTC is ",
-      dtype,
-      " ",
-      k_BTC.sizes(),
-      ", expected [B, T, C] of bfloat16, float or double");
-  const auto check_like_k = [&](const char* name, const at::Tensor& tensor) {
-    TORCH_CHECK(tensor.sizes() == k_BTC.sizes() && tensor.scalar_type() == dtype,
-                "wkv7_inputs: ",
-                name,
-                " is ",
-                tensor.scalar_type(),
-                " ",
-                tensor.sizes(),
-                " but k_BTC is ",
-                dtype,
-                " ",
-                k_BTC.sizes());
-  };
-  check_like_k("a_raw_BTC", a_raw_BTC);
-  check_like_k("v_BTC", v_BTC);
+  constexpr const char* kOp = "wkv7_inputs";
+  const Argument k{"k_BTC", k_BTC};
+  check_sequence(kOp, k);
+  check_like(kOp, {"a_raw_BTC", a_raw_BTC}, k);
+  check_like(kOp, {"v_BTC", v_BTC}, k);
   TORCH_CHECK(v_raw_BTC.defined() == v_first_BTC.defined(),
               "wkv7_inputs: of v_raw_BTC and v_first_BTC one is there and one is not");
   if (v_raw_BTC.defined()) {
-    check_like_k("v_raw_BTC", v_raw_BTC);
-    check_like_k("v_first_BTC", v_first_BTC);
+    check_like(kOp, {"v_raw_BTC", v_raw_BTC}, k);
+    check_like(kOp, {"v_first_BTC", v_first_BTC}, k);
   }
+  check_vector(kOp, {"k_k_C", k_k_C}, k_BTC.scalar_type(), k);
+  check_vector(kOp, {"k_a_C", k_a_C}, k_BTC.scalar_type(), k);
   const int64_t n_embd = k_BTC.size(2);
-  for (const auto& [name, tensor] : {std::pair{"k_k_C", k_k_C}, std::pair{"k_a_C", k_a_C}}) {
-    TORCH_CHECK(tensor.sizes() == at::IntArrayRef({n_embd}) && tensor.scalar_type() == dtype,
-                "wkv7_inputs: ",
-                name,
-                " is ",
-                tensor.scalar_type(),
-                " ",
-                tensor.sizes(),
-                ", expected ",
-                dtype,
-                " [",
-                n_embd,
-                "] for k_BTC ",
-                k_BTC.sizes());
-  }
   TORCH_CHECK(head_size >= 1 && n_embd % head_size == 0,
               "wkv7_inputs: head_size is ",
               head_size,
@@ -193,8 +160,8 @@ Wkv7InputsOutput wkv7_inputs(const at::Tensor& k_BTC,
   auto [k_out, v_out, a, b] = call_forward(k_BTC.contiguous(),
                                            a_raw_BTC.contiguous(),
                                            v_BTC.contiguous(),
-                                           optional(v_raw_BTC),
-                                           optional(v_first_BTC),
+                                           if_defined(v_raw_BTC),
+                                           if_defined(v_first_BTC),
                                            k_k_C.contiguous(),
                                            k_a_C.contiguous(),
                                            head_size);

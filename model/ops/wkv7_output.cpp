@@ -6,6 +6,8 @@
 #include <torch/csrc/autograd/custom_function.h>
 #include <torch/library.h>
 
+#include "model/ops/arguments.h"
+
 namespace rwkv::ops {
 namespace {
 
@@ -127,29 +129,14 @@ at::Tensor wkv7_output(const at::Tensor& y_BTC,
                        const at::Tensor& weight_C,
                        const at::Tensor& bias_C,
                        double eps) {
+  constexpr const char* kOp = "wkv7_output";
+  const Argument y{"y_BTC", y_BTC};
+  check_sequence(kOp, y);
+  check_like(kOp, {"r_BTC", r_BTC}, y);
+  check_like(kOp, {"k_BTC", k_BTC}, y);
+  check_like(kOp, {"v_BTC", v_BTC}, y);
+  check_like(kOp, {"g_BTC", g_BTC}, y);
   const at::ScalarType dtype = y_BTC.scalar_type();
-  TORCH_CHECK(
-      y_BTC.dim() == 3 && (dtype == at::kBFloat16 || dtype == at::kFloat || dtype == at::kDouble),
-      "wkv7_output: y_BTC is ",
-      dtype,
-      " ",
-      y_BTC.sizes(),
-      ", expected [B, T, C] of bfloat16, float or double");
-  const std::pair<const char*, const at::Tensor&> others[] = {
-      {"r_BTC", r_BTC}, {"k_BTC", k_BTC}, {"v_BTC", v_BTC}, {"g_BTC", g_BTC}};
-  for (const auto& [name, tensor] : others) {
-    TORCH_CHECK(tensor.sizes() == y_BTC.sizes() && tensor.scalar_type() == dtype,
-                "wkv7_output: ",
-                name,
-                " is ",
-                tensor.scalar_type(),
-                " ",
-                tensor.sizes(),
-                " but y_BTC is ",
-                dtype,
-                " ",
-                y_BTC.sizes());
-  }
   const int64_t n_embd = y_BTC.size(2);
   TORCH_CHECK(r_k_HN.dim() == 2 && r_k_HN.numel() == n_embd && r_k_HN.scalar_type() == dtype,
               "wkv7_output: r_k_HN is ",
@@ -160,22 +147,8 @@ at::Tensor wkv7_output(const at::Tensor& y_BTC,
               dtype,
               " [H, N] with H N = ",
               n_embd);
-  for (const auto& [name, tensor] :
-       {std::pair{"weight_C", weight_C}, std::pair{"bias_C", bias_C}}) {
-    TORCH_CHECK(tensor.sizes() == at::IntArrayRef({n_embd}) && tensor.scalar_type() == dtype,
-                "wkv7_output: ",
-                name,
-                " is ",
-                tensor.scalar_type(),
-                " ",
-                tensor.sizes(),
-                ", expected ",
-                dtype,
-                " [",
-                n_embd,
-                "] for y_BTC ",
-                y_BTC.sizes());
-  }
+  check_vector(kOp, {"weight_C", weight_C}, dtype, y);
+  check_vector(kOp, {"bias_C", bias_C}, dtype, y);
   return call_forward(y_BTC.contiguous(),
                       r_BTC.contiguous(),
                       k_BTC.contiguous(),

@@ -10,6 +10,7 @@
 #include "model/weights.h"
 #include "tests/support/tensors.h"
 #include "tests/support/test_data.h"
+#include "tests/support/tiny_model.h"
 
 namespace rwkv {
 namespace {
@@ -61,22 +62,8 @@ TEST(Rwkv4Logits, MatchFloat64WithAttentionWiderThanTheModel) {
 TEST(Rwkv4Logits, MatchRwkvCppOnItsTinyModel) {
   const std::string weights =
       test::find_test_data("derived/pth_reader/tiny-rwkv-4v0-660K.fp32.pth");
-  const std::string expected = test::find_test_data("rwkv_cpp_tiny/expected-logits-4v0-660K.bin");
   SKIP_WITHOUT(weights);
-  SKIP_WITHOUT(expected);
-  RwkvModel model = open_model(weights, at::kFloat);
-  const at::Tensor tokens_1T = at::tensor({34, 105, 110}, at::kLong).unsqueeze(0);
-  const at::Tensor logits = logits_of(model, tokens_1T)[0][2];
-  EXPECT_TRUE(test::close_max(logits, test::load_raw(expected, at::kFloat, {256}), 2e-5));
-  EXPECT_EQ(logits.argmax().item<int64_t>(), 's');
-
-  const std::string prompt = test::find_test_data("derived/tiny_logits/prompt64.bytes");
-  const at::Tensor bytes = test::load_raw(prompt, at::kByte, {1, 64}).to(at::kLong);
-  EXPECT_TRUE(test::close_max(
-      logits_of(model, bytes)[0],
-      test::load_raw(
-          test::find_test_data("derived/tiny_logits/logits-4v0-660K.f32"), at::kFloat, {64, 256}),
-      2e-5));
+  test::expect_tiny_model(open_model(weights, at::kFloat), "4v0-660K", 's');
 }
 
 struct Batch2D {
@@ -110,30 +97,6 @@ TEST(Rwkv4Gradients, MatchFloat64ForEveryParameter) {
     EXPECT_TRUE(test::close_l2(
         wrapped.at(name) - gradient, golden["ce_l2wrap." + name] - golden["ce." + name], 5e-3))
         << name;
-  }
-}
-
-TEST(Rwkv4Gradients, MatchTheSyntheticModels) {
-  const std::string folder = test::find_test_data("derived/rwkv4_synthetic");
-  SKIP_WITHOUT(folder);
-  const at::Tensor tokens =
-      test::load_raw(folder + "/tokens_i32_2x21.bin", at::kInt, {2, 21}).to(at::kLong);
-  const Batch2D batch{tokens.slice(1, 0, 20), tokens.slice(1, 1, 21)};
-  RwkvModel model = open_model(folder + "/weights_fp32.pth", at::kFloat);
-  const at::Tensor logits = logits_of(model, batch.inputs_BT);
-  EXPECT_TRUE(test::close_max(
-      logits, test::load_raw(folder + "/logits_f64_2x20x48.bin", at::kDouble, {2, 20, 48}), 2e-5));
-  const at::Tensor loss =
-      model->loss(batch.inputs_BT, batch.targets_BT, model->initial_state(2), 0).loss;
-  EXPECT_NEAR(loss.item<double>(), 4.246744724592618, 1e-6);
-  for (const auto& [file, l2wrap] :
-       {std::pair{"/grads_ce_fp32.pth", 0.0}, std::pair{"/grads_ce_l2wrap_fp32.pth", 1e-4}}) {
-    auto golden = test::load_tensors(folder + file);
-    const auto gradients = gradients_of(model, batch, l2wrap);
-    EXPECT_EQ(gradients.size(), golden.size());
-    for (const auto& [name, gradient] : gradients) {
-      EXPECT_TRUE(test::close_l2(gradient, golden[name].view_as(gradient), 1e-5)) << name;
-    }
   }
 }
 

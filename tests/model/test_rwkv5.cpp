@@ -12,6 +12,7 @@
 #include "model/rwkv_model.h"
 #include "model/version_shapes.h"
 #include "model/weights.h"
+#include "tests/support/changed_file.h"
 #include "tests/support/rwkv_cpp_file.h"
 #include "tests/support/tensors.h"
 #include "tests/support/test_data.h"
@@ -19,19 +20,6 @@
 
 namespace rwkv {
 namespace {
-
-// A model with these weights; what the file's tensors do not say is `config`'s.
-RwkvModel model_of(const std::map<std::string, at::Tensor>& tensors, ModelConfig config) {
-  RwkvModel model(config);
-  const at::NoGradGuard no_grad;
-  model->set_dtype(at::kFloat);
-  auto parameters = model->named_parameters();
-  EXPECT_EQ(parameters.size(), tensors.size());
-  for (auto& item : parameters) {
-    item.value().copy_(tensors.at(item.key()).view_as(item.value()));
-  }
-  return model;
-}
 
 // Of rwkv.cpp's tiny models, which want an epsilon of their own.
 ModelConfig tiny_config() {
@@ -49,7 +37,7 @@ TEST(Rwkv5Logits, MatchRwkvCppOnItsTinyModel) {
   SKIP_WITHOUT(path);
   auto tensors = test::load_rwkv_cpp(path);
   test::undo_rwkv5_transforms(tensors);
-  test::expect_tiny_model(model_of(tensors, tiny_config()), "5v2-730K", 'p');
+  test::expect_tiny_model(test::model_of(tensors, tiny_config()), "5v2-730K", 'p');
 }
 
 // 5.1 as rwkv.cpp counts: one decay and one bonus for each head, and no gate. No file of it can be
@@ -84,7 +72,7 @@ TEST(Rwkv5Logits, MatchRwkvCppOnItsTinyModelOf51) {
     tensors[att + "time_mix_g"] = at::zeros({64});
     tensors[att + "gate.weight"] = at::zeros({64, 64});
   }
-  RwkvModel model = model_of(tensors, config);
+  RwkvModel model = test::model_of(tensors, config);
   for (const auto& child : model->named_children()["blocks"]->children()) {
     auto* const block = child->as<BlockImpl>();
     const auto att = std::make_shared<TimeMix51>(model->config());
@@ -181,23 +169,9 @@ TEST(Rwkv5Config, RefusesWhatIsNotItsOwn) {
             "model.rank_gate = 8: rwkv5 has none; leave the key out");
 }
 
-class Rwkv5File : public testing::Test {
+class Rwkv5File : public test::ChangedFile {
  protected:
-  void SetUp() override {
-    path_ = test::find_test_data("derived/rwkv567_synthetic/v52_weights_fp32.pth");
-    SKIP_WITHOUT(path_);
-    tensors_ = test::load_tensors(path_);
-  }
-  // What opening the file says once it is changed.
-  std::string error() {
-    NamedTensors named(tensors_.begin(), tensors_.end());
-    const std::string path = folder_.path("changed.safetensors");
-    write_weights(path, to_write(named), {});
-    return THROWN_TEXT(std::runtime_error, open_model(path, at::kFloat));
-  }
-  std::string path_;
-  std::map<std::string, at::Tensor> tensors_;
-  test::TempFolder folder_;
+  Rwkv5File() : ChangedFile("derived/rwkv567_synthetic/v52_weights_fp32.pth") {}
 };
 
 TEST_F(Rwkv5File, WithoutATensorNamesIt) {
@@ -215,7 +189,7 @@ TEST_F(Rwkv5File, OfAPreviewIsRefusedByItsName) {
   }
   EXPECT_THAT(error(),
               testing::HasSubstr("is rwkv5.0 or rwkv5.1, previews with one decay for each head"));
-  const auto told = describe_shapes(shapes_of(read_weights(folder_.path("changed.safetensors"))));
+  const auto told = describe_shapes(shapes_of(read_weights(path())));
   ASSERT_TRUE(told);
   EXPECT_EQ(told->version, "rwkv5.0 or rwkv5.1");
   EXPECT_EQ(told->n_embd, 32);

@@ -6,10 +6,10 @@
 #include <gmock/gmock.h>
 #include <gtest/gtest.h>
 
-#include "model/formats/format_registry.h"
 #include "model/rwkv_model.h"
 #include "model/version_shapes.h"
 #include "model/weights.h"
+#include "tests/support/changed_file.h"
 #include "tests/support/rwkv_cpp_file.h"
 #include "tests/support/tensors.h"
 #include "tests/support/test_data.h"
@@ -18,26 +18,13 @@
 namespace rwkv {
 namespace {
 
-// A model with these weights; what the file's tensors do not say is `config`'s.
-RwkvModel model_of(const std::map<std::string, at::Tensor>& tensors, ModelConfig config) {
-  RwkvModel model(config);
-  const at::NoGradGuard no_grad;
-  model->set_dtype(at::kFloat);
-  auto parameters = model->named_parameters();
-  EXPECT_EQ(parameters.size(), tensors.size());
-  for (auto& item : parameters) {
-    item.value().copy_(tensors.at(item.key()).view_as(item.value()));
-  }
-  return model;
-}
-
 TEST(Rwkv6Logits, MatchRwkvCppOnItsTinyModel) {
   const std::string path = test::find_test_data("rwkv_cpp_tiny/tiny-rwkv-6v0-1m-FP32.bin");
   SKIP_WITHOUT(path);
   auto tensors = test::load_rwkv_cpp(path);
   test::undo_rwkv6_transforms(tensors);
   test::expect_tiny_model(
-      model_of(
+      test::model_of(
           tensors,
           {.version = "rwkv6", .n_layer = 12, .n_embd = 64, .head_size = 8, .vocab_size = 256}),
       "6v0-1m",
@@ -146,23 +133,9 @@ TEST(Rwkv6Config, RefusesWhatIsNotItsOwn) {
             "model.rank_gate = 8: rwkv6 has none; leave the key out");
 }
 
-class Rwkv6File : public testing::Test {
+class Rwkv6File : public test::ChangedFile {
  protected:
-  void SetUp() override {
-    path_ = test::find_test_data("derived/rwkv567_synthetic/v6_weights_fp32.pth");
-    SKIP_WITHOUT(path_);
-    tensors_ = test::load_tensors(path_);
-  }
-  // What opening the file says once it is changed.
-  std::string error() {
-    NamedTensors named(tensors_.begin(), tensors_.end());
-    const std::string path = folder_.path("changed.safetensors");
-    write_weights(path, to_write(named), {});
-    return THROWN_TEXT(std::runtime_error, open_model(path, at::kFloat));
-  }
-  std::string path_;
-  std::map<std::string, at::Tensor> tensors_;
-  test::TempFolder folder_;
+  Rwkv6File() : ChangedFile("derived/rwkv567_synthetic/v6_weights_fp32.pth") {}
 };
 
 TEST_F(Rwkv6File, WithoutATensorNamesIt) {

@@ -8,14 +8,15 @@
 #include <gtest/gtest.h>
 #include <nlohmann/json.hpp>
 
-#include "model/formats/format_registry.h"
 #include "model/initial_values.h"
 #include "model/rwkv7.h"
 #include "model/rwkv_model.h"
 #include "model/version_shapes.h"
 #include "model/weights.h"
+#include "tests/support/changed_file.h"
 #include "tests/support/tensors.h"
 #include "tests/support/test_data.h"
+#include "tests/support/tiny_model.h"
 
 namespace rwkv {
 namespace {
@@ -24,34 +25,7 @@ TEST(Rwkv7Logits, MatchRwkvCppOnItsTinyModel) {
   const std::string weights =
       test::find_test_data("derived/pth_reader/tiny-rwkv-7v0-834K.bf16.pth");
   SKIP_WITHOUT(weights);
-  RwkvModel model = open_model(weights, at::kFloat);
-  const at::NoGradGuard no_grad;
-  const auto raw = [](const std::string& name, at::ScalarType dtype, at::IntArrayRef shape) {
-    return test::load_raw(test::find_test_data(name), dtype, shape);
-  };
-  const auto short_run =
-      model->forward(at::tensor({34, 105, 110}, at::kLong).unsqueeze(0), model->initial_state(1));
-  EXPECT_TRUE(test::close_max(short_run.logits_BTV[0][2],
-                              raw("rwkv_cpp_tiny/expected-logits-7v0-834K.bin", at::kFloat, {256}),
-                              2e-5));
-  EXPECT_EQ(short_run.logits_BTV[0][2].argmax().item<int64_t>(), ' ');
-
-  const at::Tensor bytes =
-      raw("derived/tiny_logits/prompt64.bytes", at::kByte, {1, 64}).to(at::kLong);
-  const auto run = model->forward(bytes, model->initial_state(1));
-  EXPECT_TRUE(test::close_max(run.logits_BTV[0],
-                              raw("derived/tiny_logits/logits-7v0-834K.f32", at::kFloat, {64, 256}),
-                              2e-5));
-  // Per layer: ffn row [64], att row [64], S [value][key].
-  const at::Tensor states =
-      raw("derived/tiny_logits/state-7v0-834K.f32", at::kFloat, {12, 2 * 64 + 64 * 64});
-  for (size_t layer = 0; layer < 12; ++layer) {
-    const at::Tensor expected = states[static_cast<int64_t>(layer)];
-    const LayerState& actual = run.state.layers[layer];
-    EXPECT_TRUE(test::close_l2(actual.ffn_shift_BC[0], expected.slice(0, 0, 64), 1e-4));
-    EXPECT_TRUE(test::close_l2(actual.att_shift_BC[0], expected.slice(0, 64, 128), 1e-4));
-    EXPECT_TRUE(test::close_l2(actual.wkv[0][0].t(), expected.slice(0, 128).view({64, 64}), 1e-4));
-  }
+  test::expect_tiny_model(open_model(weights, at::kFloat), "7v0-834K", ' ');
 }
 
 // ---- A trained model that reverses digits -------------------------------------------------------
@@ -342,23 +316,9 @@ TEST(Rwkv7Config, RefusesWhatIsNotItsOwn) {
             "model.dim_att = 128: rwkv7 has n_embd = 64; leave the key out");
 }
 
-class Rwkv7File : public testing::Test {
+class Rwkv7File : public test::ChangedFile {
  protected:
-  void SetUp() override {
-    path_ = test::find_test_data("derived/rwkv567_synthetic/v7_weights_fp32.pth");
-    SKIP_WITHOUT(path_);
-    tensors_ = test::load_tensors(path_);
-  }
-  // What opening the file says once it is changed.
-  std::string error() {
-    NamedTensors named(tensors_.begin(), tensors_.end());
-    const std::string path = folder_.path("changed.safetensors");
-    write_weights(path, to_write(named), {});
-    return THROWN_TEXT(std::runtime_error, open_model(path, at::kFloat));
-  }
-  std::string path_;
-  std::map<std::string, at::Tensor> tensors_;
-  test::TempFolder folder_;
+  Rwkv7File() : ChangedFile("derived/rwkv567_synthetic/v7_weights_fp32.pth") {}
 };
 
 TEST_F(Rwkv7File, OfTwoVersionsNamesTheTensor) {

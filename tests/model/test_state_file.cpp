@@ -118,6 +118,16 @@ TEST_P(StateFile, Bf16StateIsExactToo) {
   expect_same_state(model->initial_state(1), state);
 }
 
+TEST_P(StateFile, BufferOfRwkvCppIsExactToo) {
+  const at::NoGradGuard no_grad;
+  RwkvModel model = random_model(GetParam());
+  model->set_dtype(at::kBFloat16);
+  const State state = model->forward(random_tokens(1, 5), model->initial_state(1)).state;
+  save_state(file("s.bin"), state, model);
+  model->set_initial_state(load_state(file("s.bin"), model));
+  expect_same_state(model->initial_state(1), state);
+}
+
 TEST_P(StateFile, StartIsAConstantInTraining) {
   RwkvModel model = random_model(GetParam());
   const at::Tensor tokens = random_tokens(2, 9);
@@ -202,7 +212,7 @@ TEST_F(StateFiles, WritesNothingThatCannotBeReadBack) {
   State state = model->initial_state(1);
   EXPECT_THAT([&] { save_state(file("s.pth"), state, model); },
               ThrowsMessage<std::invalid_argument>(HasSubstr("name a .safetensors")));
-  EXPECT_THAT([&] { save_state(file("s.bin"), state, model); },
+  EXPECT_THAT([&] { save_state(file("s.gguf"), state, model); },
               ThrowsMessage<std::invalid_argument>(HasSubstr("names no weight format")));
   state.layers[1].wkv.fill_(INFINITY);
   EXPECT_THAT([&] { save_state(file("s.st"), state, model); },

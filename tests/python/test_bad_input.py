@@ -527,10 +527,23 @@ class Checkpoints(BadInput):
         support.flip_bit(weights)
         moments.unlink()
         self.refuses(f"convert {self.CHECKPOINT} out.pth", FAILED,
-                     "optimizer.safetensors: is missing", "name another checkpoint")
+                     "optimizer.safetensors: is missing", "no older checkpoint is whole beside it")
         self.refuses("logits --model run --tokens 1", FAILED, "optimizer.safetensors: is missing",
-                     "an older checkpoint is read if its folder is named")
+                     "no older checkpoint is whole beside it")
         rookery("logits", "--model", self.CHECKPOINT, "--tokens", "1", cwd=self.folder)
+
+    def test_that_are_changed_name_the_one_before(self):
+        # So large that nobody looks into the weights who does not mean to.
+        rookery("train", "--config", "run.toml", "--set", "train.run_dir=large", "--set",
+                "model.vocab_size=20000", "--set", "train.save_every_steps=1", cwd=self.folder)
+        support.flip_bit(self.path("large/checkpoints/step_00000002/model.safetensors"))
+        for command in ("logits --model large --tokens 1", "eval --model large --data train",
+                        "generate --model large --prompt a", "convert large out.pth",
+                        "train --config run.toml --set train.run_dir=new --set init.from=large "
+                        "--set model.vocab_size=20000"):
+            self.refuses(command, FAILED, "step_00000002/model.safetensors: checksum",
+                         "name an older checkpoint, the newest whole one is "
+                         "large/checkpoints/step_00000001", may_leave=("new",))
 
     def test_that_are_not_there_yet(self):
         shutil.rmtree(self.path(self.CHECKPOINT))

@@ -179,6 +179,24 @@ class TrainedModel:
         alone, _ = model.forward(TOKENS[-1:], None)
         self.assertGreater((alone - expected[-1]).abs().max().item(), 0.5)
 
+    def test_state_is_that_of_the_rwkv_package(self):
+        model = load_in_package(self.model["version"], self.path("model.pth"))
+        prompt = b"The little"
+        # A document begins with a zero byte.
+        _, state = model.forward([0, *prompt], None)
+        rookery("generate", "--model", "run", "--tokenizer", "bytes", "--prompt", prompt.decode(),
+                "--length", 0, "--save-state", "state.bin", cwd=self.folder)
+        # The package's of a layer: att's row, wkv, ffn's row; rwkv.cpp's begins with ffn's.
+        a_layer = len(state) // self.model["n_layer"]
+        theirs = []
+        for i in range(0, len(state), a_layer):
+            theirs += [state[i + a_layer - 1], *state[i:i + a_layer - 1]]
+        theirs = self.torch.cat([tensor.flatten().float() for tensor in theirs])
+        ours = self.torch.frombuffer(bytearray((self.folder / "state.bin").read_bytes()),
+                                     dtype=self.torch.float32)
+        self.assertEqual(ours.shape, theirs.shape)
+        self.assertLess((ours - theirs).abs().max().item(), 1e-4 * theirs.abs().max().item())
+
     def test_continues_a_prompt_as_the_rwkv_package_does(self):
         model = load_in_package(self.model["version"], self.path("model.pth"))
         prompt = b"The little"

@@ -60,9 +60,10 @@ class StateFiles(unittest.TestCase):
     def test_a_text_in_two_halves_is_the_text_in_one(self):
         for version in MODELS:
             whole = self.generate(version, "The little dog", "--length", 30)
-            self.generate(version, "The litt", "--length", 0, "--save-state", "half.safetensors")
-            rest = self.generate(version, "le dog", "--length", 30, "--state", "half.safetensors")
-            self.assertEqual("The litt" + rest, whole)
+            for half in ("half.safetensors", "half.bin"):
+                self.generate(version, "The litt", "--length", 0, "--save-state", half)
+                rest = self.generate(version, "le dog", "--length", 30, "--state", half)
+                self.assertEqual("The litt" + rest, whole)
             # And where text was written in between: it has been read, too.
             first = self.generate(version, "The little dog", "--length", 10,
                                   "--save-state", "half.safetensors").removesuffix("\n")
@@ -99,6 +100,18 @@ class StateFiles(unittest.TestCase):
         self.assertIn("expected [heads, N, N]",
                       self.refused(1, "convert", "s4.safetensors", "t4.pth"))
 
+    def test_convert_writes_the_buffer_of_rwkv_cpp(self):
+        for version in MODELS:
+            for name in ("s.safetensors", "s.bin"):
+                self.generate(version, "The little", "--length", 0, "--save-state", name)
+            self.rookery("convert", "s.safetensors", "t.bin")
+            self.assertEqual((self.folder / "t.bin").read_bytes(),
+                             (self.folder / "s.bin").read_bytes())
+        self.assertIn("fp32", self.refused(2, "convert", "s.safetensors", "u.bin",
+                                           "--dtype", "bf16"))
+        self.assertIn("holds no state by --save-state",
+                      self.refused(2, "convert", "rwkv7", "u.bin"))
+
     def test_a_tuned_state_of_torch_changes_eval_as_it_should(self):
         plain = json.loads(self.rookery("eval", "--model", "rwkv7", "--data", "valid", "--json"))
         for value, differs in ((0, False), (0.5, True)):
@@ -116,11 +129,12 @@ class StateFiles(unittest.TestCase):
                  "train.save_every_steps=10")
         self.train(*start, "train.total_steps=20")
         last = support.metrics(self.folder / "tuned")[-1]
-        evaluated = json.loads(self.rookery(
-            "eval", "--model", "tuned", "--data", "valid", "--state", "start.pth", "--json"))
-        self.assertAlmostEqual(last["validation_loss"], evaluated["loss"], delta=1e-5)
-        without = json.loads(self.rookery("eval", "--model", "tuned", "--data", "valid", "--json"))
-        self.assertGreater(without["loss"], evaluated["loss"] + 1e-3)
+        losses = [json.loads(self.rookery("eval", "--model", "tuned", "--data", "valid", "--json",
+                                          *state))["loss"]
+                  for state in ((), ("--state", "start.pth"), ("--state", "none"))]
+        self.assertAlmostEqual(last["validation_loss"], losses[0], delta=1e-5)
+        self.assertEqual(losses[1], losses[0])
+        self.assertGreater(losses[2], losses[0] + 1e-3)
         # It goes on from the same state, wherever it lies, and from no other.
         (self.folder / "start.pth").rename(self.folder / "moved.pth")
         checkpoint = self.folder / "tuned" / "checkpoints" / "step_00000020"
@@ -137,17 +151,50 @@ class StateFiles(unittest.TestCase):
             self.assertEqual(done.returncode, 2)
             self.assertIn(text, support.error_message(done.stderr))
 
+    def test_a_runs_model_starts_from_the_runs_state(self):
+        self.time_state("own.pth", value=5)
+        self.train("init.state=own.pth", "init.from=rwkv7", "train.run_dir=own",
+                   "train.total_steps=5", "sample.every_steps=5", "sample.prompt=The",
+                   "sample.length=20", "sample.temperature=0")
+        sample = json.loads((self.folder / "own/samples.jsonl").read_text().splitlines()[-1])
+        of_itself = self.generate("own", "The", "--length", 20)
+        self.assertIn(sample["text"], of_itself)
+        self.assertNotEqual(self.generate("own", "The", "--length", 20, "--state", "none"),
+                            of_itself)
+        self.rookery("convert", "own", "own.safetensors")
+        self.assertEqual(self.generate("own.safetensors", "The", "--length", 20), of_itself)
+        # One that is given goes first, whatever became of the run's.
+        (self.folder / "own.pth").rename(self.folder / "kept.pth")
+        self.time_state("own.pth", value=0.6)
+        eval_own = ("eval", "--model", "own", "--data", "valid")
+        self.assertIn("from the state in own.pth (init.state), then with the checksum",
+                      self.refused(1, *eval_own))
+        (self.folder / "own.pth").unlink()
+        for model in ("own", "own.safetensors"):
+            message = self.refused(1, "generate", "--model", model, "--prompt", "The")
+            self.assertIn("from the state in own.pth (init.state), which is not there; name the "
+                          "file with --state, or begin from nothing with --state none", message)
+        self.rookery(*eval_own, "--state", "kept.pth")
+
+    def test_a_run_that_is_refused_for_its_state_leaves_nothing(self):
+        self.generate("rwkv4", "The", "--length", 0, "--save-state", "s4.safetensors")
+        for state in ("s4.safetensors", "none.pth"):
+            self.assertIn(state, self.refused(1, "train", "--config", "rwkv7.toml", "--set",
+                                              "train.run_dir=new", "--set", f"init.state={state}"))
+
     def test_what_does_not_fit_is_refused_and_nothing_is_written(self):
         self.generate("rwkv4", "The", "--length", 0, "--save-state", "s4.safetensors")
         self.time_state("deep.pth", layers=3)
         self.time_state("wide.pth", shape=(4, 32, 32))
         (self.folder / "cut.safetensors").write_bytes(
             (self.folder / "s4.safetensors").read_bytes()[:-8])
+        self.generate("rwkv4", "The", "--length", 0, "--save-state", "s4.bin")
         for state, text in (
                 ("s4.safetensors", 'is a state of "rwkv4", expected one of the model\'s version'),
                 ("deep.pth", "holds 3 tensors of a state, expected 2"),
                 ("wide.pth", "is [4, 32, 32], expected [2, 32, 32]"),
                 ("cut.safetensors", "cut.safetensors: "),
+                ("s4.bin", "but rwkv.cpp's state of rwkv7 with 2 layers of 64 channels has"),
                 ("rwkv7/checkpoints/step_00000030", "holds no state"),
                 ("none.pth", "none.pth")):
             command = ("generate", "--model", "rwkv7", "--prompt", "x", "--save-state",

@@ -1,13 +1,28 @@
 #include "tests/support/tiny_model.h"
 
+#include <filesystem>
+
 #include <ATen/ATen.h>
 
 #include <gtest/gtest.h>
 
+#include "model/state_file.h"
 #include "tests/support/tensors.h"
 #include "tests/support/test_data.h"
 
 namespace rwkv::test {
+
+RwkvModel model_of(const std::map<std::string, at::Tensor>& tensors, const ModelConfig& config) {
+  RwkvModel model(config);
+  const at::NoGradGuard no_grad;
+  model->set_dtype(at::kFloat);
+  auto parameters = model->named_parameters();
+  EXPECT_EQ(parameters.size(), tensors.size());
+  for (auto& item : parameters) {
+    item.value().copy_(tensors.at(item.key()).view_as(item.value()));
+  }
+  return model;
+}
 
 void expect_tiny_model(RwkvModel model, const std::string& name, int64_t likeliest) {
   const at::NoGradGuard no_grad;
@@ -27,18 +42,19 @@ void expect_tiny_model(RwkvModel model, const std::string& name, int64_t likelie
   EXPECT_TRUE(close_max(run.logits_BTV[0],
                         raw("derived/tiny_logits/logits-" + name + ".f32", at::kFloat, {64, 256}),
                         2e-5));
-  // Per layer: ffn row [C], att row [C], S [head][key][value].
-  const ModelConfig& config = model->config();
-  const int64_t C = config.n_embd, N = config.head_size;
-  const at::Tensor states = raw(
-      "derived/tiny_logits/state-" + name + ".f32", at::kFloat, {config.n_layer, 2 * C + C * N});
-  for (int64_t layer = 0; layer < config.n_layer; ++layer) {
-    const LayerState& actual = run.state.layers[static_cast<size_t>(layer)];
-    const at::Tensor expected = states[layer];
-    EXPECT_TRUE(close_l2(actual.ffn_shift_BC[0], expected.slice(0, 0, C), 1e-4));
-    EXPECT_TRUE(close_l2(actual.att_shift_BC[0], expected.slice(0, C, 2 * C), 1e-4));
-    EXPECT_TRUE(close_l2(actual.wkv[0], expected.slice(0, 2 * C).view({C / N, N, N}), 1e-4));
+  const TempFolder folder;
+  const std::string buffer = folder.path("state.bin");
+  std::filesystem::copy_file(find_test_data("derived/tiny_logits/state-" + name + ".f32"), buffer);
+  const State expected = load_state(buffer, model);
+  for (size_t layer = 0; layer < expected.layers.size(); ++layer) {
+    const LayerState &x = run.state.layers[layer], &y = expected.layers[layer];
+    EXPECT_TRUE(close_l2(x.ffn_shift_BC, y.ffn_shift_BC, 1e-4)) << layer;
+    EXPECT_TRUE(close_l2(x.att_shift_BC, y.att_shift_BC, 1e-4)) << layer;
+    EXPECT_TRUE(close_l2(x.wkv, y.wkv, 1e-4)) << layer;
   }
+  const std::string written = folder.path("written.bin");
+  save_state(written, expected, model);
+  EXPECT_TRUE(read_file(written) == read_file(buffer));
 }
 
 }  // namespace rwkv::test

@@ -1,14 +1,18 @@
 // Comparing a model with what is known of rwkv.cpp's tiny models.
 #pragma once
 
+#include <map>
 #include <string>
 
 #include "model/rwkv_model.h"
 
 namespace rwkv::test {
 
+// A model with these weights; what the file's tensors do not say is `config`'s.
+RwkvModel model_of(const std::map<std::string, at::Tensor>& tensors, const ModelConfig& config);
+
 // The 256 logits that rwkv.cpp stores after three bytes, then, of 64 bytes, the logits after each
-// and the state after all, RWKV-5's or -6's. `name` as in the files: "5v2-730K".
+// and the state after all, in rwkv.cpp's buffer. `name` as in the files: "5v2-730K".
 void expect_tiny_model(RwkvModel model, const std::string& name, int64_t likeliest);
 
 }  // namespace rwkv::test

@@ -243,14 +243,24 @@ TEST_F(Damage, IsFoundInEveryFile) {
 }
 
 TEST_F(Damage, OfTheNewestIsToldToWhoReadsTheRunsModel) {
-  save(1, 2);
-  const std::string path = save(2, 2);
+  const std::string oldest = save(1, 2);
+  const std::string older = save(2, 2);
+  const std::string path = save(3, 2);
   EXPECT_EQ(find_model(folder.path("run")), path);
   const std::string name = path + "/model.00001-of-00002.safetensors";
   test::write_file(name, test::read_file(name).substr(1));
-  EXPECT_THAT(
-      THROWN_TEXT(std::runtime_error, find_model(folder.path("run"))),
-      AllOf(HasSubstr(name), HasSubstr("cut short"), HasSubstr("older checkpoint is read if")));
+  const auto thrown = [&] {
+    return THROWN_TEXT(std::runtime_error, find_model(folder.path("run")));
+  };
+  EXPECT_THAT(thrown(),
+              AllOf(HasSubstr(name),
+                    HasSubstr("cut short"),
+                    HasSubstr("name an older checkpoint, the newest whole one is " + older)));
+  EXPECT_EQ(THROWN_TEXT(std::runtime_error, require_whole_model(path)), thrown());
+  flip_bit(older + "/model.00000-of-00002.safetensors");
+  EXPECT_THAT(thrown(), HasSubstr("the newest whole one is " + oldest));
+  std::filesystem::remove_all(oldest);
+  EXPECT_THAT(thrown(), HasSubstr("no older checkpoint is whole beside it"));
 }
 
 TEST_F(Damage, OfTheManifestIsFound) {

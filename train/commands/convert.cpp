@@ -2,6 +2,7 @@
 #include <filesystem>
 #include <iostream>
 #include <map>
+#include <optional>
 #include <stdexcept>
 #include <system_error>
 #include <vector>
@@ -10,7 +11,6 @@
 #include "model/formats/pth.h"
 #include "model/formats/state_tensors.h"
 #include "train/commands/commands.h"
-#include "train/manifest.h"
 #include "train/run_folder.h"
 
 namespace rwkv {
@@ -36,9 +36,21 @@ WeightDtype parse_target(const std::string& name) {
   throw std::invalid_argument("--dtype " + name + ": expected fp32, bf16 or fp16");
 }
 
+// What float tensors become; nothing: they stay as they are.
+std::optional<WeightDtype> target_of(const cxxopts::ParseResult& parsed, bool to_buffer) {
+  if (to_buffer && parsed.count("dtype") > 0) {
+    throw std::invalid_argument(
+        "--dtype has no use with .bin: rwkv.cpp's state buffer is fp32; leave it out");
+  }
+  return to_buffer ? std::optional(WeightDtype::kF32)
+         : parsed.count("dtype") > 0
+             ? std::optional(parse_target(parsed["dtype"].as<std::string>()))
+             : std::nullopt;
+}
+
 // What was written must read back the same.
-void compare(const std::string& path, std::span<const TensorToWrite> expected) {
-  const WeightFile written = read_weights(path);
+void compare(const WeightFile& written, std::span<const TensorToWrite> expected) {
+  const std::string& path = written.path;
   verify_checksums(written);
   if (written.tensors.size() != expected.size()) {
     throw std::runtime_error(path + ": holds " + std::to_string(written.tensors.size()) +
@@ -71,7 +83,8 @@ int convert_command(int argc, char** argv) {
                            "Writes the weights of FROM (a run, a checkpoint folder, a .pth or "
                            ".safetensors file)\nto TO (.pth or .safetensors), reads them back and "
                            "compares.\nA state of --save-state becomes, as .pth, RWKV-LM's "
-                           "time_state, without the shifted rows.\n");
+                           "time_state, without the shifted rows;\nas .bin, rwkv.cpp's state "
+                           "buffer.\n");
   cxxopts::OptionAdder add = options.add_options();
   add("from", "what to read", cxxopts::value<std::string>());
   add("to", "what to write", cxxopts::value<std::string>());
@@ -83,14 +96,13 @@ int convert_command(int argc, char** argv) {
     return 0;
   }
   const std::string to = (*parsed)["to"].as<std::string>();
-  check_weights_path(to);
-  const bool change = parsed->count("dtype") > 0;
-  const WeightDtype target =
-      change ? parse_target((*parsed)["dtype"].as<std::string>()) : WeightDtype::kF32;
-  const std::string from = find_model((*parsed)["from"].as<std::string>());
-  if (const std::string damage = find_damage_of_model(from); !damage.empty()) {
-    throw std::runtime_error(damage + "; nothing was written: name another checkpoint");
+  const bool to_buffer = is_state_buffer(to);
+  if (!to_buffer) {
+    check_weights_path(to);
   }
+  const std::optional<WeightDtype> target = target_of(*parsed, to_buffer);
+  const std::string from = find_model((*parsed)["from"].as<std::string>());
+  require_whole_model(from);
   WeightFile file = read_weights(from);
   if (std::filesystem::exists(to) && std::filesystem::equivalent(file.path, to)) {
     throw std::invalid_argument(to + ": is the file to read; give another name to write");
@@ -100,6 +112,11 @@ int convert_command(int argc, char** argv) {
     throw std::runtime_error(file.path + ": holds no tensors, expected the weights of a model");
   }
   verify_checksums(file);
+  if (to_buffer && state_kind(file) != StateKind::kOwn) {
+    throw std::invalid_argument(to + ": the ending names rwkv.cpp's state buffer, but " +
+                                file.path +
+                                " holds no state by --save-state; use .pth, .safetensors or .st");
+  }
   if (state_kind(file) == StateKind::kOwn && std::filesystem::path(to).extension() == ".pth") {
     file.tensors = as_time_state(file);
   }
@@ -110,16 +127,22 @@ int convert_command(int argc, char** argv) {
     const StoredTensor& tensor = file.tensors[i];
     tensor.copy_to(contents[i]);
     WeightDtype dtype = tensor.dtype;
-    if (change && is_float(dtype) && dtype != target) {
-      contents[i] = convert_elements(contents[i], dtype, target);
-      dtype = target;
+    if (target && is_float(dtype) && dtype != *target) {
+      contents[i] = convert_elements(contents[i], dtype, *target);
+      dtype = *target;
     }
     tensors.push_back(
         {.name = tensor.name, .dtype = dtype, .shape = tensor.shape, .data = contents[i]});
   }
-  write_weights(to, tensors, file.metadata);
+  const std::optional<StateSizes> sizes =
+      to_buffer ? std::optional(state_sizes(file)) : std::nullopt;
+  if (sizes) {
+    write_state_buffer(to, tensors, *sizes);
+  } else {
+    write_weights(to, tensors, file.metadata);
+  }
   try {
-    compare(to, tensors);
+    compare(sizes ? read_state_buffer(to, *sizes) : read_weights(to), tensors);
   } catch (...) {
     // What cannot be trusted must not lie there as if it could.
     std::error_code ignored;

@@ -116,7 +116,8 @@ struct Evaluated {
 };
 
 Evaluated open(const cxxopts::ParseResult& parsed) {
-  WeightFile file = read_weights(find_model(parsed["model"].as<std::string>()));
+  const std::string path = find_model(parsed["model"].as<std::string>(), Scrutiny::kWeights);
+  WeightFile file = read_weights(path);
   const auto trained_as = config_in(file);
   EvaluateOptions options{
       .ctx_len = given<int64_t>(parsed, "ctx-len")
@@ -126,7 +127,7 @@ Evaluated open(const cxxopts::ParseResult& parsed) {
   if (options.ctx_len < 1 || options.batch_size < 1) {
     throw std::invalid_argument("--ctx-len and --batch-size must be 1 or more");
   }
-  RwkvModel model = open_model_with(parsed, file.path);
+  RwkvModel model = open_model_with(parsed, path);
   return {.file = std::move(file),
           .model = std::move(model),
           .tokenizer_spec = given<std::string>(parsed, "tokenizer"),

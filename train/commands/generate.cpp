@@ -40,7 +40,8 @@ int generate_command(int argc, char** argv) {
   add("top-k", "and from this many at most; 0: all", cxxopts::value<int64_t>()->default_value("0"));
   add("seed", "the same seed gives the same text", cxxopts::value<uint64_t>()->default_value("1"));
   add("save-state",
-      "a .safetensors for the state after the text, to go on from with --state",
+      "a .safetensors, or a .bin as rwkv.cpp has it, for the state after the text, to go on from "
+      "with --state",
       cxxopts::value<std::string>());
   add_model_options(add);
   const auto parsed = parse_options(options, argc, argv, kExample, {"model"});
@@ -58,7 +59,7 @@ int generate_command(int argc, char** argv) {
   if (parsed->count("save-state") > 0) {
     check_state_path((*parsed)["save-state"].as<std::string>());
   }
-  const std::string path = find_model((*parsed)["model"].as<std::string>());
+  const std::string path = find_model((*parsed)["model"].as<std::string>(), Scrutiny::kWeights);
   const auto spec = parsed->count("tokenizer") > 0
                         ? std::optional((*parsed)["tokenizer"].as<std::string>())
                         : std::nullopt;
@@ -73,7 +74,7 @@ int generate_command(int argc, char** argv) {
                                      .length = length,
                                      .sampling = sampling,
                                      .seed = (*parsed)["seed"].as<uint64_t>(),
-                                     .continues = parsed->count("state") > 0},
+                                     .continues = given_state(*parsed).has_value()},
                                     [&](std::string_view text) {
                                       // Only now: a prompt that cannot be continued leaves no half
                                       // result.

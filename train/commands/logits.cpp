@@ -93,7 +93,8 @@ int logits_command(int argc, char** argv) {
   }
   const auto tokens = parse_tokens((*parsed)["tokens"].as<std::string>());
   const at::NoGradGuard no_grad;
-  RwkvModel model = open_model_with(*parsed, find_model((*parsed)["model"].as<std::string>()));
+  RwkvModel model = open_model_with(
+      *parsed, find_model((*parsed)["model"].as<std::string>(), Scrutiny::kWeights));
   check_tokens(tokens, model->config().vocab_size);
   const at::Tensor logits_TV =
       all_logits(model, at::tensor(tokens).to(model->device()).unsqueeze(0), mode == "recurrent")

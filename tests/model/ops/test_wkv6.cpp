@@ -347,7 +347,8 @@ TEST(Wkv6Errors, NameWhatDisagrees) {
               testing::HasSubstr("starts_BT is Float [2, 3], expected Bool [B, T]"));
   wrong = right;
   wrong.r_BTC = in[0].to(at::kHalf);
-  EXPECT_THAT(text(wrong, in[5], in[6]), testing::HasSubstr("r_BTC is Half, expected bfloat16"));
+  EXPECT_THAT(text(wrong, in[5], in[6]),
+              testing::HasSubstr("r_BTC is Half [2, 3, 8], expected [B, T, C] of bfloat16"));
 }
 
 }  // namespace
