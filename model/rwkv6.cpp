@@ -112,7 +112,7 @@ TimeMixOutput Rwkv6TimeMix::forward(const TimeMixInput& input) {
   const at::Tensor& x_BTC = input.mixed_J[1];
   const int64_t B = x_BTC.size(0), T = x_BTC.size(1), C = x_BTC.size(2);
   const at::Tensor d_BTC = input.mixed_J[2] - x_BTC;
-  const at::Tensor inner_5MR = at::matmul(input.mixed_J[0], time_maa_w1)
+  const at::Tensor inner_5MR = low_rank_product(input.mixed_J[0], time_maa_w1)
                                    .tanh_()
                                    .view({B * T, kNumMixes, time_maa_w2.size(1)})
                                    .transpose(0, 1);
@@ -120,7 +120,8 @@ TimeMixOutput Rwkv6TimeMix::forward(const TimeMixInput& input) {
       at::cat({time_maa_w, time_maa_k, time_maa_v, time_maa_r, time_maa_g}).unsqueeze(1);
   const at::Tensor shares = at::bmm(inner_5MR, time_maa_w2).view({kNumMixes, B, T, C}) + mixes_511C;
   const std::vector<at::Tensor> X = (x_BTC + d_BTC * shares).unbind(0);
-  const at::Tensor w_raw_BTA = at::matmul(at::matmul(X[0], time_decay_w1).tanh_(), time_decay_w2);
+  const at::Tensor w_raw_BTA =
+      low_rank_product(low_rank_product(X[0], time_decay_w1).tanh_(), time_decay_w2);
   const ops::Wkv6Output wkv = ops::wkv6(
       {.r_BTC = receptance(X[3]), .w_raw_BTC = w_raw_BTA, .k_BTC = key(X[1]), .v_BTC = value(X[2])},
       time_decay.flatten(),
