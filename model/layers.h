@@ -20,6 +20,12 @@ struct MatrixImpl : torch::nn::Module {
 };
 TORCH_MODULE(Matrix);
 
+// x W + bias for x_BTI, W stored [in_features, out_features], as low-rank factors are. The bias may
+// be undefined, or has as many elements as W has columns.
+at::Tensor low_rank_product(const at::Tensor& x_BTI,
+                            const at::Tensor& weight_IO,
+                            const at::Tensor& bias = {});
+
 // LayerNorm over the last axis, eps 1e-5, statistics in fp32. Registered as "weight" and "bias".
 struct LayerNormImpl : torch::nn::Module {
   explicit LayerNormImpl(int64_t n_embd);

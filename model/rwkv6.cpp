@@ -103,7 +103,7 @@ std::vector<at::Tensor> Rwkv6TimeMix::mix(const std::vector<at::Tensor>& mixed_J
   const at::Tensor& x_BTC = mixed_J[1];
   const int64_t B = x_BTC.size(0), T = x_BTC.size(1), C = x_BTC.size(2);
   const at::Tensor d_BTC = mixed_J[2] - x_BTC;
-  const at::Tensor inner_5MR = at::matmul(mixed_J[0], time_maa_w1)
+  const at::Tensor inner_5MR = low_rank_product(mixed_J[0], time_maa_w1)
                                    .tanh_()
                                    .view({B * T, kNumMixes, time_maa_w2.size(1)})
                                    .transpose(0, 1);
@@ -114,7 +114,7 @@ std::vector<at::Tensor> Rwkv6TimeMix::mix(const std::vector<at::Tensor>& mixed_J
 }
 
 at::Tensor Rwkv6TimeMix::w_raw(const at::Tensor& X_w) const {
-  return at::matmul(at::matmul(X_w, time_decay_w1).tanh_(), time_decay_w2);
+  return low_rank_product(low_rank_product(X_w, time_decay_w1).tanh_(), time_decay_w2);
 }
 
 TimeMixTelemetry Rwkv6TimeMix::telemetry(const std::vector<at::Tensor>& mixed_J) const {

@@ -18,17 +18,6 @@ at::Tensor present_shares(at::TensorList mixes) {
   return 1 - at::cat(mixes).flatten(1);
 }
 
-// x down and up again, [B, T, C] to [B, T, C]; with the bias, a parameter [1, 1, C].
-at::Tensor low_rank(const at::Tensor& inner_BTD, const at::Tensor& up_DC) {
-  return at::matmul(inner_BTD, up_DC);
-}
-at::Tensor low_rank(const at::Tensor& bias_11C,
-                    const at::Tensor& inner_BTD,
-                    const at::Tensor& up_DC) {
-  return at::addmm(bias_11C.flatten(), inner_BTD.flatten(0, 1), up_DC)
-      .view({inner_BTD.size(0), inner_BTD.size(1), up_DC.size(1)});
-}
-
 // ---- Initial values -----------------------------------------------------------------------------
 
 // From -1 to 1 within each head, slow in the middle.
@@ -158,11 +147,11 @@ at::Tensor Rwkv7TimeMix::mixes() const {
 }
 
 at::Tensor Rwkv7TimeMix::w_raw(const at::Tensor& X_w) const {
-  return low_rank(at::matmul(X_w, w1).tanh_(), w2);
+  return low_rank_product(low_rank_product(X_w, w1).tanh_(), w2);
 }
 
 at::Tensor Rwkv7TimeMix::a_raw(const at::Tensor& X_a) const {
-  return low_rank(a0, at::matmul(X_a, a1), a2);
+  return low_rank_product(low_rank_product(X_a, a1), a2, a0);
 }
 
 TimeMixTelemetry Rwkv7TimeMix::telemetry(const std::vector<at::Tensor>& mixed_J) const {
@@ -178,8 +167,9 @@ TimeMixOutput Rwkv7TimeMix::forward(const TimeMixInput& input) {
                    &X_v = input.mixed_J[3], &X_a = input.mixed_J[4], &X_g = input.mixed_J[5];
   const at::Tensor r_BTC = receptance(X_r);
   const at::Tensor v_BTC = value(X_v);
-  const at::Tensor g_BTC = low_rank(at::matmul(X_g, g1).sigmoid_(), g2);
-  const at::Tensor v_raw_BTC = is_first_ ? at::Tensor() : low_rank(v0, at::matmul(X_v, v1), v2);
+  const at::Tensor g_BTC = low_rank_product(low_rank_product(X_g, g1).sigmoid_(), g2);
+  const at::Tensor v_raw_BTC =
+      is_first_ ? at::Tensor() : low_rank_product(low_rank_product(X_v, v1), v2, v0);
   const ops::Wkv7InputsOutput in = ops::wkv7_inputs(key(X_k),
                                                     a_raw(X_a),
                                                     v_BTC,

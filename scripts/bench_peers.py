@@ -5,13 +5,15 @@
 Every contender runs in a process of its own, with nothing else of ours running; contenders of one
 table take turns, `--rounds` times, so that a slow minute of the machine falls on all of them. Of
 each round the median counts; printed is the median of the rounds with their least and greatest
-time, and how many times as long as rookery the peer takes ("x"; below 1 the peer is faster). Prints
-Markdown; --json also writes the figures to a file.
+time, and how many times as long as rookery the peer takes for the same work ("x"; below 1 the peer
+is faster). Prints Markdown; --json also writes the figures to a file.
 
 Ours are `rookery bench step|decode|tokenizer|startup`. Peers: a plain GPT of the same size in eager
-and in compiled PyTorch, Hugging Face's RWKV-4, the `rwkv` package, and tokenizers; how each is run
-stands in bench_peers_worker.py. No peer that is missing is passed over in silence: the run fails, or
-with --skip-missing names what it leaves out.
+and in compiled PyTorch, Hugging Face's RWKV-4, rwkv7-hf's RWKV-7 in plain PyTorch, the `rwkv`
+package, and tokenizers; how each is run stands in bench_peers_worker.py. rwkv7-hf goes through
+sequences one by one and takes 10 s for 256 tokens, so it gets one sequence, in one round. No peer
+that is missing is passed over in silence: the run fails, or with --skip-missing names what it leaves
+out.
 """
 
 import argparse
@@ -94,9 +96,10 @@ def output_of(command):
 class Contender:
     """`time_once()` gives the milliseconds of one round: least, median, greatest."""
 
-    def __init__(self, name, time_once, amount=None, unit="", package=None):
+    def __init__(self, name, time_once, amount=None, unit="", package=None, most_rounds=None):
         self.name, self.time_once = name, time_once
         self.package = package  # that a peer needs
+        self.most_rounds = most_rounds
         self.amount, self.unit = amount, unit  # what one timing gets done: 2048 "tokens/s"
         self.rounds = []
 
@@ -166,9 +169,17 @@ def step_tables(options, _):
                                  "torch"),
                        Contender("GPT, compiled PyTorch", peer("gpt compiled", settings), *done,
                                  "torch"),
-                       *([Contender("RWKV-4, Hugging Face", peer("hugging face", settings),
-                                    *done, "transformers")]
-                         if options.version == "rwkv4" else [])])
+                       same_version(options, settings, done)])
+
+
+def same_version(options, settings, done):
+    """The plain PyTorch implementation of the version that rookery runs."""
+    if options.version == "rwkv4":
+        return Contender("RWKV-4, Hugging Face", peer("hugging face", settings), *done,
+                         "transformers")
+    return Contender("RWKV-7, `rwkv7-hf`, B1",
+                     peer("rwkv7-hf", {**settings, "batch": 1, "repeats": 1}),
+                     settings["ctx_len"], "tokens/s", "rwkv7-hf", most_rounds=1)
 
 
 def decode_tables(options, folder):
@@ -254,13 +265,14 @@ def markdown(title, contenders):
     for row in rows:
         cells = [row["what"], f"{row['median_ms']:.4g} [{row['min_ms']:.4g}-{row['max_ms']:.4g}]"]
         cells += [f"{row[unit]:.4g}"] if unit else []
-        cells += [f"{row['median_ms'] / rows[0]['median_ms']:.2f}"]
+        cells += [f"{rows[0][unit] / row[unit]:.2f}" if unit
+                  else f"{row['median_ms'] / rows[0]['median_ms']:.2f}"]
         lines.append(f"| {' | '.join(cells)} |")
     return "\n".join(lines) + "\n"
 
 
-PACKAGES = ("torch", "transformers", "rwkv", "tokenizers", "tiktoken", "rwkv-tokenizer",
-            "pyrwkv-tokenizer", "sentencepiece")
+PACKAGES = ("torch", "transformers", "rwkv7-hf", "rwkv", "tokenizers", "tiktoken",
+            "rwkv-tokenizer", "pyrwkv-tokenizer", "sentencepiece")
 
 
 def versions_of(packages, skip_missing):
@@ -303,8 +315,10 @@ def main():
                               if not one.package or one.package in about["packages"]]
                 if not contenders:
                     continue
-                for _ in range(options.rounds):
+                for number in range(options.rounds):
                     for contender in contenders:
+                        if contender.most_rounds and number >= contender.most_rounds:
+                            continue
                         print(f"{title}: {contender.name}", file=sys.stderr, flush=True)
                         contender.rounds.append(contender.time_once())
                 print(markdown(title, contenders), flush=True)

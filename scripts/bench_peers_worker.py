@@ -100,6 +100,29 @@ def hugging_face_step(settings):
                          settings["dtype"]), 1
 
 
+def rwkv7_hf_step(settings):
+    """With the author's ranks, as ours."""
+    import torch
+    from rwkv7_hf import RWKV7Config, RWKV7ForCausalLM
+
+    torch.set_num_threads(settings["threads"])
+    rank = ranks_of_rwkv7(settings["n_embd"])
+    model = RWKV7ForCausalLM(RWKV7Config(
+        vocab_size=settings["vocab"], hidden_size=settings["n_embd"],
+        num_hidden_layers=settings["n_layer"], decay_low_rank_dim=rank["w"],
+        a_low_rank_dim=rank["a"], v_low_rank_dim=rank["v"], gate_low_rank_dim=rank["g"],
+        use_cache=False))
+    model.train()
+    ids = random_tokens(torch, settings["vocab"], settings["batch"], settings["ctx_len"])
+    return training_step(torch, model, lambda network: network(ids, labels=ids).loss,
+                         settings["dtype"]), 1
+
+
+def ranks_of_rwkv7(n_embd):
+    return {name: max(32, 32 * round(factor * n_embd**0.5 / 32))
+            for name, factor in (("w", 2.5), ("a", 2.5), ("v", 1.7), ("g", 5))}
+
+
 def write_rwkv4(torch, path, n_layer, n_embd, vocab):
     """Random weights under RWKV-LM's names."""
     generator = torch.Generator().manual_seed(1)
@@ -146,8 +169,7 @@ def write_rwkv7(torch, path, n_layer, n_embd, vocab):
                      "att.a0", "att.v0", "att.k_k", "att.k_a", "ffn.x_k"):
             weights[f"{block}.{name}"] = torch.rand(1, 1, n_embd, generator=generator)
         weights[f"{block}.att.r_k"] = matrix(n_embd // 64, 64)
-        for name, factor in (("w", 2.5), ("a", 2.5), ("v", 1.7), ("g", 5)):
-            rank = max(32, 32 * round(factor * n_embd**0.5 / 32))
+        for name, rank in ranks_of_rwkv7(n_embd).items():
             weights[f"{block}.att.{name}1"] = matrix(n_embd, rank)
             weights[f"{block}.att.{name}2"] = matrix(rank, n_embd)
         for name in ("receptance", "key", "value", "output"):
@@ -255,6 +277,7 @@ PEERS = {
     "gpt eager": lambda settings: gpt_step(settings, compiled=False),
     "gpt compiled": lambda settings: gpt_step(settings, compiled=True),
     "hugging face": hugging_face_step,
+    "rwkv7-hf": rwkv7_hf_step,
     "rwkv decode": rwkv_decode,
     "rwkv prefill": rwkv_prefill,
     "rwkv-tokenizer": lambda settings: rust_world(settings, "rwkv_tokenizer"),

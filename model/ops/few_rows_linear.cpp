@@ -30,7 +30,8 @@ at::Tensor few_rows_linear(const at::Tensor& x, const at::Tensor& weight_OI) {
               weight_OI.scalar_type(),
               " ",
               weight_OI.sizes());
-  return op.call(x.contiguous(), weight_OI.contiguous());
+  return op.call(x.contiguous(),
+                 weight_OI.t().is_contiguous() ? weight_OI : weight_OI.contiguous());
 }
 
 }  // namespace rwkv::ops

@@ -1,5 +1,8 @@
-// CPU kernel of few_rows_linear. A thread takes a stretch of W's rows, four at a time: x is widened
-// once, and four rows of W share each of its vectors. Two sums a row hide the latency of adding.
+// CPU kernels of few_rows_linear. Both go through W as it lies in memory, from its beginning to its
+// end: processors read ahead of one stream, but not all of them of several. W [O, I]: a thread
+// takes a stretch of its rows, each of which gives a number. Its transpose [I, O]: a thread takes a
+// stretch of columns, and each row of those is added to the sums, which stay in the first-level
+// cache.
 #include <algorithm>
 #include <cstring>
 #include <vector>
@@ -14,9 +17,8 @@
 namespace rwkv::ops {
 namespace {
 
-constexpr int64_t kRowsAtOnce = 4;
-// Rows of W that are worth a second thread: about 10 us of reading at 768 columns.
-constexpr int64_t kGrain = 64;
+// Bytes of W that are worth a second thread: 3 to 10 us of reading.
+constexpr int64_t kGrainBytes = int64_t{96} << 10;
 
 // Elements as two vectors. Of bf16 the even ones and the odd ones: halves of 32-bit words need a
 // shift or a mask alone, where elements in order would need shuffles.
@@ -51,48 +53,40 @@ RWKV_INLINE Pair<Vector> load_pair(const Element* from, int64_t count) {
   return load_pair<Vector>(padded);
 }
 
-// y[i] = weight[i] . x for `kRows` rows of W; x as widen_row leaves it.
-template <typename Vector, int64_t kRows, typename Element>
-RWKV_INLINE void dot_rows(const Element* weight, const float* x, int64_t size, Element* y) {
-  Vector first[kRows] = {};
-  Vector second[kRows] = {};
-  int64_t i = 0;
-  for (; i + kPair<Vector> <= size; i += kPair<Vector>) {
+// How far ahead of reading a row its successors are asked for. Not all processors need it.
+constexpr int64_t kAheadBytes = 4096;
+
+// weight . x for a row of W; x as widen_row leaves it. Sums in turns hide the latency of adding.
+template <typename Vector, typename Element>
+RWKV_INLINE float dot_row(const Element* weight, const float* x, int64_t size) {
+  Vector first[kTurns] = {};
+  Vector second[kTurns] = {};
+  const auto add = [&](int64_t i, int turn, Pair<Vector> of_weight) RWKV_INLINE_LAMBDA {
     const Pair of_x = load_pair<Vector>(x + i);
-    for (int64_t row = 0; row < kRows; ++row) {
-      // Rows are so short that the processor's own prefetching barely starts: 12.8 ms a token of
-      // L12 D768 V50277 in bf16 without this, 9.4 with it. Past the end it does nothing.
+    first[turn] += of_weight.first * of_x.first;
+    second[turn] += of_weight.second * of_x.second;
+  };
+  int64_t i = 0;
+  for (; i + kTurns * kPair<Vector> <= size; i += kTurns * kPair<Vector>) {
+    for (int turn = 0; turn < kTurns; ++turn) {
+      const Element* const from = weight + i + turn * kPair<Vector>;
+      // Past the end it does nothing.
       for (int64_t line = 0; line < kPair<Vector>; line += int64_t{64 / sizeof(Element)}) {
-        __builtin_prefetch(weight + (row + 2 * kRows) * size + i + line);
+        __builtin_prefetch(from + kAheadBytes / int64_t{sizeof(Element)} + line);
       }
-      const Pair of_weight = load_pair<Vector>(weight + row * size + i);
-      first[row] += of_weight.first * of_x.first;
-      second[row] += of_weight.second * of_x.second;
+      add(i + turn * kPair<Vector>, turn, load_pair<Vector>(from));
     }
+  }
+  for (; i + kPair<Vector> <= size; i += kPair<Vector>) {
+    add(i, 0, load_pair<Vector>(weight + i));
   }
   if (i < size) {
-    const Pair of_x = load_pair<Vector>(x + i);
-    for (int64_t row = 0; row < kRows; ++row) {
-      const Pair of_weight = load_pair<Vector>(weight + row * size + i, size - i);
-      first[row] += of_weight.first * of_x.first;
-      second[row] += of_weight.second * of_x.second;
-    }
+    add(i, 0, load_pair<Vector>(weight + i, size - i));
   }
-  for (int64_t row = 0; row < kRows; ++row) {
-    store_lanes(y + row, Vector{} + sum_of_lanes(first[row] + second[row]), 1);
+  for (int turn = 0; turn < kTurns; ++turn) {
+    first[turn] += second[turn];
   }
-}
-
-template <typename Vector, typename Element>
-RWKV_INLINE void dot_all_rows(
-    const Element* weight, const float* x, int64_t size, int64_t rows, Element* y) {
-  int64_t row = 0;
-  for (; row + kRowsAtOnce <= rows; row += kRowsAtOnce) {
-    dot_rows<Vector, kRowsAtOnce>(weight + row * size, x, size, y + row);
-  }
-  for (; row < rows; ++row) {
-    dot_rows<Vector, 1>(weight + row * size, x, size, y + row);
-  }
+  return sum_of_lanes((first[0] + first[1]) + (first[2] + first[3]));
 }
 
 // x in fp32, in the order of load_pair, padded with zeros to whole pairs.
@@ -106,8 +100,12 @@ RWKV_INLINE void widen_row(const Element* from, float* to, int64_t size) {
   }
 }
 
+int64_t grain(int64_t bytes_of_one) {
+  return std::max<int64_t>(kGrainBytes / std::max<int64_t>(bytes_of_one, 1), 1);
+}
+
 template <typename Element>
-void multiply(const at::Tensor& x_NI, const at::Tensor& weight_OI, const at::Tensor& y_NO) {
+void multiply_rows(const at::Tensor& x_NI, const at::Tensor& weight_OI, const at::Tensor& y_NO) {
   const int64_t num_x = x_NI.size(0), size = weight_OI.size(1), rows = weight_OI.size(0);
   const int64_t padded = (size + kPadding - 1) / kPadding * kPadding;
   const auto* x = static_cast<const Element*>(x_NI.const_data_ptr());
@@ -119,27 +117,64 @@ void multiply(const at::Tensor& x_NI, const at::Tensor& weight_OI, const at::Ten
       widen_row<Vector>(x + n * size, wide.data() + n * padded, size);
     });
   }
-  at::parallel_for(0, rows, kGrain, [&](int64_t begin, int64_t end) {
-    // In stretches that stay in the first-level cache while every row of x passes.
-    constexpr int64_t kStretch = 8;
-    for (int64_t row = begin; row < end; row += kStretch) {
-      const int64_t count = std::min(kStretch, end - row);
-      for (int64_t n = 0; n < num_x; ++n) {
+  at::parallel_for(
+      0, rows, grain(size * int64_t{sizeof(Element)}), [&](int64_t begin, int64_t end) {
         with_vectors<float>([&]<typename Vector>(As<Vector>) RWKV_INLINE_LAMBDA {
-          dot_all_rows<Vector>(
-              weight + row * size, wide.data() + n * padded, size, count, y + n * rows + row);
+          for (int64_t row = begin; row < end; ++row) {
+            // It stays in the first-level cache while every row of x passes.
+            for (int64_t n = 0; n < num_x; ++n) {
+              const float sum =
+                  dot_row<Vector>(weight + row * size, wide.data() + n * padded, size);
+              store_lanes(y + n * rows + row, Vector{} + sum, 1);
+            }
+          }
         });
-      }
-    }
-  });
+      });
+}
+
+template <typename Element>
+void multiply_columns(const at::Tensor& x_NI, const at::Tensor& weight_IO, const at::Tensor& y_NO) {
+  const int64_t num_x = x_NI.size(0), size = weight_IO.size(0), columns = weight_IO.size(1);
+  const auto* x = static_cast<const Element*>(x_NI.const_data_ptr());
+  const auto* weight = static_cast<const Element*>(weight_IO.const_data_ptr());
+  auto* y = static_cast<Element*>(y_NO.mutable_data_ptr());
+  at::parallel_for(
+      0, columns, grain(size * int64_t{sizeof(Element)}), [&](int64_t begin, int64_t end) {
+        const int64_t width = end - begin, padded = (width + kPadding - 1) / kPadding * kPadding;
+        std::vector<float> sums(static_cast<size_t>(num_x * padded));
+        with_vectors<float>([&]<typename Vector>(As<Vector>) RWKV_INLINE_LAMBDA {
+          for (int64_t i = 0; i < size; ++i) {
+            for (int64_t n = 0; n < num_x; ++n) {
+              const float factor = load_one(x + n * size + i);
+              float* const sum = sums.data() + n * padded;
+              for_each_vector<Vector>(width, [&](int64_t c, int64_t count) RWKV_INLINE_LAMBDA {
+                const Vector w = load_lanes<Vector>(weight + i * columns + begin + c, count);
+                store_lanes(sum + c, load_lanes<Vector>(sum + c) + w * factor);
+              });
+            }
+          }
+          for (int64_t n = 0; n < num_x; ++n) {
+            for_each_vector<Vector>(width, [&](int64_t c, int64_t count) RWKV_INLINE_LAMBDA {
+              store_lanes(y + n * columns + begin + c,
+                          load_lanes<Vector>(sums.data() + n * padded + c),
+                          count);
+            });
+          }
+        });
+      });
 }
 
 at::Tensor few_rows_linear_cpu(const at::Tensor& x, const at::Tensor& weight_OI) {
   std::vector<int64_t> sizes = x.sizes().vec();
   sizes.back() = weight_OI.size(0);
   at::Tensor y = at::empty(sizes, x.options());
-  const auto kernel = x.scalar_type() == at::kBFloat16 ? &multiply<Bf16> : &multiply<float>;
-  kernel(x.view({-1, weight_OI.size(1)}), weight_OI, y.view({-1, weight_OI.size(0)}));
+  const bool is_bf16 = x.scalar_type() == at::kBFloat16;
+  const at::Tensor x_NI = x.view({-1, weight_OI.size(1)}), y_NO = y.view({-1, weight_OI.size(0)});
+  if (weight_OI.is_contiguous()) {
+    (is_bf16 ? &multiply_rows<Bf16> : &multiply_rows<float>)(x_NI, weight_OI, y_NO);
+  } else {
+    (is_bf16 ? &multiply_columns<Bf16> : &multiply_columns<float>)(x_NI, weight_OI.t(), y_NO);
+  }
   return y;
 }
 

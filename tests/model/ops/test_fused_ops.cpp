@@ -507,15 +507,22 @@ TEST(FewRowsLinear, MatchesTheProductInFloat64) {
                                               std::tuple{1, 130, 768},
                                               std::tuple{2, 3, 17},
                                               std::tuple{4, 201, 40},
+                                              std::tuple{2, 768, 130},
                                               std::tuple{3, 70, 7}}) {
     for (const at::ScalarType dtype : {at::kFloat, at::kBFloat16}) {
       const at::Tensor x = normal({rows, 1, inputs}, 1).to(dtype);
-      const at::Tensor weight = normal({outputs, inputs}, 2).to(dtype);
-      const at::Tensor expected = at::linear(x.to(at::kDouble), weight.to(at::kDouble));
-      const at::Tensor y = ops::few_rows_linear(x, weight);
-      EXPECT_TRUE(test::close_l2(y, expected, dtype == at::kFloat ? 1e-6 : 1.0 / 256));
-      // A row's sums do not depend on the rows beside it.
-      EXPECT_TRUE(test::same_bits(ops::few_rows_linear(x[0], weight), y[0]));
+      const at::Tensor matrix = normal({outputs, inputs}, 2).to(dtype);
+      const at::Tensor expected = at::linear(x.to(at::kDouble), matrix.to(at::kDouble));
+      for (const at::Tensor& weight : {matrix, matrix.t().contiguous().t()}) {
+        const at::Tensor y = ops::few_rows_linear(x, weight);
+        EXPECT_TRUE(test::close_l2(y, expected, dtype == at::kFloat ? 1e-6 : 1.0 / 256));
+        // A row's sums do not depend on the rows beside it.
+        EXPECT_TRUE(test::same_bits(ops::few_rows_linear(x[0], weight), y[0]));
+      }
+      // Of no layout that is read as it is.
+      const at::Tensor spaced = at::stack({matrix, matrix}, 2).select(2, 0);
+      EXPECT_TRUE(
+          test::same_bits(ops::few_rows_linear(x, spaced), ops::few_rows_linear(x, matrix)));
     }
   }
 }
