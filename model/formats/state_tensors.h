@@ -8,7 +8,7 @@
 //             no weight file but its buffer, .bin: fp32 alone, without a header; of each layer
 //             ffn.shift, att.shift and att.wkv as in ours, in rwkv7 [H, N values, N keys]. Its size
 //             is all that it says of itself: RWKV-5 to -7 of the same sizes cannot be told apart.
-//             Source: RWKV/rwkv.cpp rwkv.h (rwkv_get_state_len), rwkv_graph.inc.
+//             Source: RWKV/rwkv.cpp rwkv.h, rwkv_graph.inc, rwkv_operators_wkv_v5.inc to _v7.inc.
 #pragma once
 
 #include <cstdint>

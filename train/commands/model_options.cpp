@@ -57,10 +57,8 @@ void add_device_option(cxxopts::OptionAdder& add) {
 void add_model_options(cxxopts::OptionAdder& add) {
   add("dtype", "fp32 or bf16", cxxopts::value<std::string>()->default_value("fp32"));
   add("state",
-      "a file with the state to start from, by --save-state or RWKV-LM's state tuning, or .bin of "
-      "rwkv.cpp's state buffer; none: nothing read yet; default: init.state of the model's run, "
-      "else "
-      "none",
+      "a file with the state to start from, by --save-state, RWKV-LM's state tuning or (.bin) "
+      "rwkv.cpp; none: nothing read yet; default: init.state of the model's run, else none",
       cxxopts::value<std::string>());
   add_device_option(add);
 }
