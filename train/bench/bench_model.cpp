@@ -356,8 +356,8 @@ std::vector<BenchRow> bench_decode(const ModelConfig& config,
     run(prompt_1T, model->initial_state(1));
   });
   const int64_t prefill_peak_bytes = peak_bytes();
-  // After the peaks were read, for they allocate, too. Twice, and the best counts: another program's
-  // burst could make a floor too high.
+  // After the peaks were read, for they allocate, too. Twice, and the best counts: another
+  // program's burst could make a floor too high.
   for (int i = 0; i < 2; ++i) {
     read_rate = std::max(read_rate, read_bytes_per_s(static_cast<int64_t>(weight_bytes), runtime));
     matmul_rate = std::max(matmul_rate, matmul_flops_per_s(dtype, runtime));
@@ -372,22 +372,18 @@ std::vector<BenchRow> bench_decode(const ModelConfig& config,
   for (const at::Tensor& parameter : model->parameters()) {
     all_bytes += static_cast<double>(parameter.nbytes());
   }
-  const auto row = [&](const std::string& what,
-                       const Spread& ms,
-                       double tokens,
-                       double floor_s,
-                       int64_t peak) {
-    return BenchRow{
-        .what = what + " " + describe(config, dtype),
-        .ms = ms,
-        .figures = {{"tokens_per_s", tokens / ms.median * 1000},
-                    {"floor_ms", floor_s * 1000},
-                    {"peak_mb", static_cast<double>(peak) / 1e6},
-                    {"weights_mb", all_bytes / 1e6}},
-        .conditions = {{"threads", at::get_num_threads()},
-                       {"matmul_gflops_per_s", matmul_rate / 1e9},
-                       {"read_gb_per_s", read_rate / 1e9}}};
-  };
+  const auto row =
+      [&](const std::string& what, const Spread& ms, double tokens, double floor_s, int64_t peak) {
+        return BenchRow{.what = what + " " + describe(config, dtype),
+                        .ms = ms,
+                        .figures = {{"tokens_per_s", tokens / ms.median * 1000},
+                                    {"floor_ms", floor_s * 1000},
+                                    {"peak_mb", static_cast<double>(peak) / 1e6},
+                                    {"weights_mb", all_bytes / 1e6}},
+                        .conditions = {{"threads", at::get_num_threads()},
+                                       {"matmul_gflops_per_s", matmul_rate / 1e9},
+                                       {"read_gb_per_s", read_rate / 1e9}}};
+      };
   return {row("prefill of " + std::to_string(prompt_len),
               prefill_ms,
               static_cast<double>(prompt_len),
