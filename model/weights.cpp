@@ -58,6 +58,26 @@ bool has_row_per_token(const std::string& name) {
   return name == "emb.weight" || name == "head.weight";
 }
 
+// A file's tensor into one of as many elements, a few rows at a time: another dtype needs a copy,
+// and one of a whole embedding would be memory that nothing uses again.
+void copy_in_pieces(at::Tensor& to, const StoredTensor& stored) {
+  constexpr int64_t kPieceBytes = int64_t{4} << 20;
+  if (stored.shape.empty() || stored.num_elements() == 0) {
+    to.copy_(to_tensor(stored).view(to.sizes()));
+    return;
+  }
+  const int64_t rows = stored.shape.front();
+  const int64_t row_bytes = stored.num_elements() / rows * size_of(stored.dtype);
+  const int64_t step = std::max<int64_t>(kPieceBytes / row_bytes, 1);
+  const at::Tensor to_rows = to.view(stored.shape);
+  StoredTensor piece = stored;
+  for (int64_t begin = 0; begin < rows; begin += step) {
+    piece.shape.front() = std::min(step, rows - begin);
+    piece.offset = stored.offset + begin * stored.strides.front();
+    to_rows.slice(0, begin, begin + piece.shape.front()).copy_(to_tensor(piece));
+  }
+}
+
 // A matrix of fewer rows than the parameter: its rows first, then those that the rule says.
 void load_with_new_rows(at::Tensor& parameter, const at::Tensor& rows, LoadRules::NewRows rule) {
   parameter.slice(0, 0, rows.size(0)).copy_(rows);
@@ -79,7 +99,7 @@ void load_parameter(const std::string& name,
                              ", expected a float type; is the model quantized?");
   }
   if (squeezed(stored.shape) == squeezed(parameter.sizes())) {
-    parameter.copy_(to_tensor(stored).view(parameter.sizes()));
+    copy_in_pieces(parameter, stored);
   } else if (loading.new_rows != LoadRules::NewRows::kRefused && has_row_per_token(name) &&
              stored.shape.size() == 2 && stored.shape[1] == parameter.size(1) &&
              stored.shape[0] >= 1 && stored.shape[0] < parameter.size(0)) {
@@ -171,6 +191,21 @@ LoadReport load_weights(RwkvModel& model, const WeightFile& file, const LoadRule
   return report;
 }
 
+RwkvModel empty_model(const ModelConfig& config, at::ScalarType dtype) {
+  RwkvModel model(config);
+  std::vector<std::vector<int64_t>> shapes;
+  for (at::Tensor& parameter : model->parameters()) {
+    shapes.push_back(parameter.sizes().vec());
+    parameter.set_data(at::empty({0}, parameter.options()));
+  }
+  model->set_dtype(dtype);
+  size_t index = 0;
+  for (at::Tensor& parameter : model->parameters()) {
+    parameter.set_data(at::empty(shapes[index++], parameter.options()));
+  }
+  return model;
+}
+
 ModelConfig config_of(const WeightFile& file) {
   const TensorShapes shapes = shapes_of(file);
   try {
@@ -185,9 +220,8 @@ ModelConfig config_of(const WeightFile& file) {
 
 RwkvModel open_model(const std::string& path, at::ScalarType dtype) {
   const WeightFile file = read_weights(path);
-  RwkvModel model(config_of(file));
+  RwkvModel model = empty_model(config_of(file), dtype);
   load_weights(model, file);
-  model->set_dtype(dtype);
   return model;
 }
 

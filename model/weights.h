@@ -48,6 +48,10 @@ struct LoadReport {
 // another shape, with both shapes.
 LoadReport load_weights(RwkvModel& model, const WeightFile& file, const LoadRules& rules = {});
 
+// A model with uninitialised weights in the given dtype. They lie as close together as if it had
+// been made so: what is converted instead leaves gaps in which pages stay.
+RwkvModel empty_model(const ModelConfig& config, at::ScalarType dtype);
+
 // The version and sizes that a file's tensors tell. Throws std::runtime_error naming the file.
 ModelConfig config_of(const WeightFile& file);
 

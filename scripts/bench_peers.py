@@ -11,9 +11,8 @@ is faster). Prints Markdown; --json also writes the figures to a file.
 Ours are `rookery bench step|decode|tokenizer|startup`. Peers: a plain GPT of the same size in eager
 and in compiled PyTorch, Hugging Face's RWKV-4, rwkv7-hf's RWKV-7 in plain PyTorch, the `rwkv`
 package, and tokenizers; how each is run stands in bench_peers_worker.py. rwkv7-hf goes through
-sequences one by one and takes 10 s for 256 tokens, so it gets one sequence, in one round. No peer
-that is missing is passed over in silence: the run fails, or with --skip-missing names what it leaves
-out.
+sequences one by one, in seconds each, so it gets one, in one round. No peer that is missing is
+passed over in silence: the run fails, or with --skip-missing names what it leaves out.
 """
 
 import argparse

@@ -283,5 +283,42 @@ INSTANTIATE_TEST_SUITE_P(Synthetic, Versions, testing::ValuesIn(kSynthetic), [](
   return std::string(named.param.version);
 });
 
+// A file's tensors are copied a few rows at a time: here the embedding, of 9 MB, whose elements lie
+// column by column in the file.
+TEST(Weights, OfLargeTensorsAreThoseOfTheFile) {
+  const ModelConfig config{
+      .version = "rwkv7", .n_layer = 1, .n_embd = 64, .vocab_size = 35003, .ctx_len = 8};
+  RwkvModel source = empty_model(config, at::kFloat);
+  source->initialise(1, 1.0);
+  WeightFile file;
+  NamedTensors kept;
+  for (const auto& item : source->named_parameters()) {
+    const bool is_emb = item.key() == "emb.weight";
+    const at::Tensor stored =
+        is_emb ? item.value().detach().t().contiguous() : item.value().detach().contiguous();
+    kept.emplace_back(item.key(), stored);
+    const at::Tensor seen = is_emb ? stored.t() : stored;
+    file.tensors.push_back(
+        {.name = item.key(),
+         .dtype = WeightDtype::kF32,
+         .shape = seen.sizes().vec(),
+         .strides = seen.strides().vec(),
+         .storage =
+             std::span(static_cast<const std::byte*>(stored.const_data_ptr()), stored.nbytes())});
+  }
+  for (const at::ScalarType dtype : {at::kFloat, at::kBFloat16}) {
+    RwkvModel model = empty_model(config, dtype);
+    load_weights(model, file);
+    for (const auto& item : model->named_parameters()) {
+      const at::Tensor& expected = *source->named_parameters().find(item.key());
+      const bool exact = item.key() == "blocks.0.att.w0";
+      EXPECT_EQ(item.value().scalar_type(), exact ? at::kFloat : dtype) << item.key();
+      EXPECT_TRUE(
+          test::same_bits(item.value().detach(), expected.detach().to(exact ? at::kFloat : dtype)))
+          << item.key();
+    }
+  }
+}
+
 }  // namespace
 }  // namespace rwkv

@@ -411,6 +411,15 @@ class Bench(support.Folder):
         # The model takes less than one of them; the code that a step runs is 25 MB.
         self.assertLess(row["peak_mb"], 15)
 
+    def test_counts_little_memory_of_decoding_beside_the_weights(self):
+        shape = ("--shape", "S", "--n-layer", 2, "--n-embd", 768, "--vocab", 30000)
+        for version in ("rwkv4", "rwkv7"):
+            _, row = self.rows("decode", *shape, "--version", version, "--dtype", "bf16",
+                               "--prompt-len", 7, "--repeats", 2, "--threads", 1)
+            # Weights in fp32 beside those in bf16 would be three times as much.
+            self.assertGreater(row["peak_mb"] / row["weights_mb"], 0.99)
+            self.assertLess(row["peak_mb"] / row["weights_mb"], 1.15)
+
     def test_of_processes_gives_one_alone_and_all_together(self):
         shape = ("--shape", "S", "--n-layer", 2, "--n-embd", 128, "--batch", 3, "--ctx-len", 16,
                  "--repeats", 2)

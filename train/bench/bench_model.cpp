@@ -7,7 +7,7 @@
 #include <ATen/CPUGeneratorImpl.h>
 #include <ATen/Parallel.h>
 
-#include "model/rwkv_model.h"
+#include "model/weights.h"
 #include "train/bench/op_times.h"
 #include "train/bench/trace.h"
 #include "train/device.h"
@@ -215,8 +215,8 @@ TrainDtype train_dtype(at::ScalarType dtype) {
 
 // Matrices are not the author's: of those many are zero, which could make a product quicker than it
 // will be, and orthogonal ones take minutes where they are large.
-RwkvModel random_model(const ModelConfig& config) {
-  RwkvModel model(config);
+RwkvModel random_model(const ModelConfig& config, at::ScalarType dtype) {
+  RwkvModel model = empty_model(config, dtype);
   const at::NoGradGuard no_grad;
   at::Generator generator = at::make_generator<at::CPUGeneratorImpl>(kSeed);
   for (auto& item : model->named_parameters()) {
@@ -322,9 +322,10 @@ std::vector<BenchRow> bench_decode(const ModelConfig& config,
                                    const BenchSettings& settings) {
   const c10::InferenceMode inference;
   ops::DeviceRuntime* const runtime = settings.runtime;
-  RwkvModel model = random_model(config);
-  model->set_dtype(dtype);
+  const int64_t held_before = anonymous_bytes();
+  RwkvModel model = random_model(config, dtype);
   if (runtime != nullptr) {
+    runtime->reset_memory();
     model->to(runtime->device());
   }
   // Weights that fit into a cache stay there from token to token, so that the rate is that of as
@@ -332,12 +333,10 @@ std::vector<BenchRow> bench_decode(const ModelConfig& config,
   const double weight_bytes = bytes_read_by_a_token(model);
   double read_rate = 0;
   double matmul_rate = 0;
-  // Before and after, and the best counts: another program's burst could make a floor too high.
-  const auto measure_rates = [&] {
-    read_rate = std::max(read_rate, read_bytes_per_s(static_cast<int64_t>(weight_bytes), runtime));
-    matmul_rate = std::max(matmul_rate, matmul_flops_per_s(dtype, runtime));
+  const auto peak_bytes = [&] {
+    return runtime != nullptr ? runtime->memory().peak_tensor_bytes
+                              : peak_anonymous_bytes() - held_before;
   };
-  measure_rates();
   const at::Tensor prompt_1T =
       at::randint(config.vocab_size, {1, prompt_len}, at::kLong).to(model->device());
 
@@ -349,33 +348,48 @@ std::vector<BenchRow> bench_decode(const ModelConfig& config,
       runtime->synchronize();
     }
   };
+  // First what needs less memory: the peak is that of all before.
+  const Spread token_ms =
+      time_repeated(16, settings.repeats, [&] { run(prompt_1T.slice(1, 0, 1), state); });
+  const int64_t token_peak_bytes = peak_bytes();
   const Spread prefill_ms = time_repeated(1, std::max<int64_t>(settings.repeats / 8, 3), [&] {
     run(prompt_1T, model->initial_state(1));
   });
-  const Spread token_ms =
-      time_repeated(16, settings.repeats, [&] { run(prompt_1T.slice(1, 0, 1), state); });
-
-  measure_rates();
+  const int64_t prefill_peak_bytes = peak_bytes();
+  // After the peaks were read, for they allocate, too. Twice, and the best counts: another
+  // program's burst could make a floor too high.
+  for (int i = 0; i < 2; ++i) {
+    read_rate = std::max(read_rate, read_bytes_per_s(static_cast<int64_t>(weight_bytes), runtime));
+    matmul_rate = std::max(matmul_rate, matmul_flops_per_s(dtype, runtime));
+  }
 
   // The head runs for the prompt's last token alone.
   const auto head_elements = static_cast<double>(config.vocab_size * config.n_embd);
   const double prefill_flops =
       2 *
       (static_cast<double>(prompt_len) * (matrix_elements(model) - head_elements) + head_elements);
-  const auto row = [&](const std::string& what, const Spread& ms, double tokens, double floor_s) {
-    return BenchRow{
-        .what = what + " " + describe(config, dtype),
-        .ms = ms,
-        .figures = {{"tokens_per_s", tokens / ms.median * 1000}, {"floor_ms", floor_s * 1000}},
-        .conditions = {{"threads", at::get_num_threads()},
-                       {"matmul_gflops_per_s", matmul_rate / 1e9},
-                       {"read_gb_per_s", read_rate / 1e9}}};
-  };
+  double all_bytes = 0;
+  for (const at::Tensor& parameter : model->parameters()) {
+    all_bytes += static_cast<double>(parameter.nbytes());
+  }
+  const auto row =
+      [&](const std::string& what, const Spread& ms, double tokens, double floor_s, int64_t peak) {
+        return BenchRow{.what = what + " " + describe(config, dtype),
+                        .ms = ms,
+                        .figures = {{"tokens_per_s", tokens / ms.median * 1000},
+                                    {"floor_ms", floor_s * 1000},
+                                    {"peak_mb", static_cast<double>(peak) / 1e6},
+                                    {"weights_mb", all_bytes / 1e6}},
+                        .conditions = {{"threads", at::get_num_threads()},
+                                       {"matmul_gflops_per_s", matmul_rate / 1e9},
+                                       {"read_gb_per_s", read_rate / 1e9}}};
+      };
   return {row("prefill of " + std::to_string(prompt_len),
               prefill_ms,
               static_cast<double>(prompt_len),
-              std::max(prefill_flops / matmul_rate, weight_bytes / read_rate)),
-          row("decode a token", token_ms, 1, weight_bytes / read_rate)};
+              std::max(prefill_flops / matmul_rate, weight_bytes / read_rate),
+              prefill_peak_bytes),
+          row("decode a token", token_ms, 1, weight_bytes / read_rate, token_peak_bytes)};
 }
 
 }  // namespace rwkv

@@ -51,7 +51,8 @@ BenchRow bench_step(const StepShape& shape,
 // Two rows, batch 1: a prefill of `prompt_len` tokens in one pass, and one token after another with
 // the state handed on. Figures: tokens_per_s, floor_ms (a token: the bytes of the weights it
 // reads, at the rate at which as many are read again and again; prefill: the same, or the matrix
-// products at the matmul rate where these take longer).
+// products at the matmul rate where these take longer), peak_mb as of a step, and weights_mb, the
+// bytes of all weights.
 std::vector<BenchRow> bench_decode(const ModelConfig& config,
                                    int64_t prompt_len,
                                    at::ScalarType dtype,
@@ -61,7 +62,7 @@ std::vector<BenchRow> bench_decode(const ModelConfig& config,
 
 inline constexpr double kBenchL2Wrap = 1e-4;
 inline constexpr double kBenchLr = 1e-5;
-RwkvModel random_model(const ModelConfig& config);
+RwkvModel random_model(const ModelConfig& config, at::ScalarType dtype = at::kFloat);
 TrainDtype train_dtype(at::ScalarType dtype);
 // "rwkv4 L6 D384 V256 fp32".
 std::string describe(const ModelConfig& config, at::ScalarType dtype);
