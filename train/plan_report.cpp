@@ -191,7 +191,7 @@ std::string constants(const PlanRequest& request, const PlanChoice& choice) {
   if (choice.time.walk_ms > 0) {
     text += fmt::format(
         "recurrence: {:.0f} cycles a token and {:.2f} for each number of a state on one of {} "
-        "multiprocessors, {:.2f} GHz (fitted to three steps on one H200)\n",
+        "multiprocessors, {:.2f} GHz (fitted to wkv7 on one H100)\n",
         kWalkCycles,
         kNumberCycles,
         gpu.multiprocessors,

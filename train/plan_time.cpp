@@ -18,8 +18,8 @@ constexpr double kTera = 1e12;
 // Rates of an H100: bf16 products of 8192^3 and fp32 ones as `rookery bench step` finds them, its
 // copies, and the all-reduce of 1 GB between two GPUs. The others' are the H100's times the ratio
 // of their data sheets (989 TFLOP/s bf16 and 67 fp32, 3.35 TB/s and 900 GB/s; A100 312, 19.5, 2.04
-// and 600; H200 as the H100 with 4.8 TB/s). Clocks: 1.75 GHz as found in RWKV-7's steps, the
-// A100's by its data sheet.
+// and 600; H200 as the H100 with 4.8 TB/s). Clocks: 1.75 GHz as under RWKV-7's steps,
+// the A100's by its data sheet.
 constexpr std::array<GpuRates, 3> kGpus{{
     {.name = "h100",
      .bf16_flops_per_s = 798 * kTera,

@@ -7,8 +7,7 @@
 //   exchange  what is left of the gradients' reduction when backward, two thirds of a micro-batch,
 //             has hidden it; with ZeRO the gathering of the updated weights, which nothing hides
 //
-// Measured on one H100 and, for RWKV-7, one H200 beside it: tests/train/test_plan.cpp. No step on
-// several GPUs has been.
+// Measured on one H100 beside it: tests/train/test_plan.cpp. No step on several GPUs has been.
 #pragma once
 
 #include <cstdint>
@@ -46,10 +45,10 @@ inline constexpr double kEfficiency = 0.9;
 inline constexpr double kCallSeconds = 3e-6;
 
 // Of wkv7, forward and backward: a walk's cycles for each token, and more for each number of the
-// states that a multiprocessor walks. Fitted to the three steps of
-// tests/bench/results/gpu_h200_rwkv7_2026-11.md, which they give to 4 %.
-inline constexpr double kWalkCycles = 3300;
-inline constexpr double kNumberCycles = 0.25;
+// states that a multiprocessor walks. Fitted to the four rows of wkv7
+// in tests/bench/results/gpu_h100_2026-11.md, which they give to 3 %.
+inline constexpr double kWalkCycles = 2100;
+inline constexpr double kNumberCycles = 0.27;
 
 // Bus bandwidth between so many.
 double bus_bytes_per_s(const GpuRates& gpu, int64_t processes);
