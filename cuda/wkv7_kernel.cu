@@ -254,6 +254,12 @@ __device__ __forceinline__ void fill8(float value, float* to) {
   store8(to, x);
 }
 
+// Bit i: a document starts at token first + i. By whole warps; `starts` [T] may be null.
+__device__ __forceinline__ uint32_t starts_from(const bool* starts, int64_t first, int64_t T) {
+  const int64_t t = first + static_cast<int>(threadIdx.x) % kWarpSize;
+  return __ballot_sync(kAllLanes, starts != nullptr && t < T && starts[t]);
+}
+
 __device__ __forceinline__ int smaller(int64_t x, int y) {
   return x < y ? static_cast<int>(x) : y;
 }
@@ -315,10 +321,18 @@ __global__ void __launch_bounds__(Place<kSize>::kThreads, kThreadsAtOnce / Place
   const int64_t num_carries = ceil_div(sizes.T, kWkv7CarryLen) + 1;
   float* const carries =
       x.carries == nullptr ? nullptr : x.carries + at.number * num_carries * kSize * kSize;
+  const bool* const starts = x.in.starts == nullptr ? nullptr : x.in.starts + at.row * sizes.T;
   float u[kThreadLines] = {};
+  float* u_out = x.u == nullptr || at.part != 0 ? nullptr : x.u + at.first + at.line;
+  Element* y_out = x.y + at.first + at.line + at.summed();
   for (int64_t begin = 0; begin < sizes.T; begin += kRowTokens) {
     const int tokens = smaller(sizes.T - begin, kRowTokens);
     const int64_t block_first = at.first + begin * at.n_embd;
+    const uint32_t start_bits = starts_from(starts, begin, sizes.T);
+    static_assert(kRowTokens == kWkv7CarryLen && kRowTokens == kWarpSize);
+    if (carries != nullptr) {
+      store_rows(S, at, carries + begin / kWkv7CarryLen * kSize * kSize);
+    }
     __syncthreads();
     for_eights<P::kThreads, kRowTokens, kSize>(tokens, [&](int token, int channel) {
       const int64_t from = block_first + token * at.n_embd + channel;
@@ -358,18 +372,17 @@ __global__ void __launch_bounds__(Place<kSize>::kThreads, kThreadsAtOnce / Place
       });
       sum_lines<P::kParts>(u);
     }
+// So that the second token's reads are under way in the first, here and below. Not 3: nvcc 13.0
+// then leaves out the check for the end.
+#pragma unroll 2
     for (int token = 0; token < tokens; ++token) {
-      const int64_t t = begin + token;
-      if (carries != nullptr && t % kWkv7CarryLen == 0) {
-        store_rows(S, at, carries + t / kWkv7CarryLen * kSize * kSize);
-      }
-      if (x.in.starts != nullptr && x.in.starts[at.row * sizes.T + t]) {
+      if ((start_bits >> token & 1) != 0) {
         fill(0.0f, S);
         fill(0.0f, u);
       }
-      const int64_t out = block_first + token * at.n_embd + at.line;
-      if (x.u != nullptr && at.part == 0) {
-        store(u, x.u + out);
+      if (u_out != nullptr) {
+        store(u, u_out);
+        u_out += at.n_embd;
       }
       float own_v[kThreadLines], y[kThreadLines], u_next[kThreadLines];
       load(v + token * kLines + at.own, own_v);
@@ -391,8 +404,9 @@ __global__ void __launch_bounds__(Place<kSize>::kThreads, kThreadsAtOnce / Place
       }
       const float own_y = own_line_sum<P::kParts>(y, at.part);
       if (at.stores()) {
-        x.y[out + at.summed()] = from_float<Element>(own_y);
+        *y_out = from_float<Element>(own_y);
       }
+      y_out += at.n_embd;
     }
   }
   store_columns(S, at, x.state_out + at.number * kSize * kSize);
@@ -431,9 +445,13 @@ __global__ void __launch_bounds__(Place<kSize>::kThreads, kThreadsAtOnce / Place
     load_columns(x.dstate_out + at.number * kSize * kSize, at, D);
   }
   float du[kThreadLines] = {};
+  const int64_t last_out = at.first + (sizes.T - 1) * at.n_embd + at.line;
+  float* du_out = x.du + last_out;
+  Element* dv_out = x.dv + last_out + at.summed();
   for (int64_t begin = (sizes.T - 1) / kRowTokens * kRowTokens; begin >= 0; begin -= kRowTokens) {
     const int tokens = smaller(sizes.T - begin, kRowTokens);
     const int64_t block_first = at.first + begin * at.n_embd;
+    const uint32_t last_bits = starts_from(starts, begin + 1, sizes.T);
     __syncthreads();
     for_eights<P::kThreads, kRowTokens, kSize>(tokens, [&](int token, int channel) {
       const int64_t from = block_first + token * at.n_embd + channel;
@@ -461,9 +479,9 @@ __global__ void __launch_bounds__(Place<kSize>::kThreads, kThreadsAtOnce / Place
             dy + token * kLines + own);
     });
     __syncthreads();
+#pragma unroll 2
     for (int token = tokens - 1; token >= 0; --token) {
-      const int64_t t = begin + token;
-      const bool is_last_of_document = starts != nullptr && t + 1 < sizes.T && starts[t + 1];
+      const bool is_last_of_document = (last_bits >> token & 1) != 0;
       if (is_last_of_document) {
         fill(0.0f, D);
         fill(0.0f, du);
@@ -487,13 +505,14 @@ __global__ void __launch_bounds__(Place<kSize>::kThreads, kThreadsAtOnce / Place
         du[line] = du_here[line];
       }
       const float own_dv = own_line_sum<P::kParts>(dv, at.part);
-      const int64_t out = block_first + token * at.n_embd + at.line;
       if (at.part == 0) {
-        store(du, x.du + out);
+        store(du, du_out);
       }
       if (at.stores()) {
-        x.dv[out + at.summed()] = from_float<Element>(own_dv);
+        *dv_out = from_float<Element>(own_dv);
       }
+      du_out -= at.n_embd;
+      dv_out -= at.n_embd;
     }
   }
   // w and a of the first token are in shared memory still.
@@ -710,6 +729,7 @@ __global__ void __launch_bounds__(Place<kSize>::kThreads,
     load_rows(x.dstate_out + at.number * kSize * kSize, at, D);
   }
   float dw0 = 0.0f;
+  int64_t out = at.first + (sizes.T - 1) * at.n_embd + at.line + at.summed();
   for (int64_t begin = (sizes.T - 1) / kColumnTokens * kColumnTokens; begin >= 0;
        begin -= kColumnTokens) {
     const int tokens = smaller(sizes.T - begin, kColumnTokens);
@@ -727,9 +747,10 @@ __global__ void __launch_bounds__(Place<kSize>::kThreads,
       made.get(block, S);
     }
     load_column_tokens(x, at, shared, begin, tokens);
+    const uint32_t start_bits = starts_from(starts, begin, sizes.T);
+#pragma unroll 2
     for (int token = tokens - 1; token >= 0; --token) {
-      const int64_t t = begin + token;
-      const bool is_last_of_document = starts != nullptr && t + 1 < sizes.T && starts[t + 1];
+      const bool is_last_of_document = (start_bits >> (token + 1) & 1) != 0;
       if (is_last_of_document) {
         fill(0.0f, D);
         if (token + 1 < tokens) {
@@ -796,7 +817,7 @@ __global__ void __launch_bounds__(Place<kSize>::kThreads,
       const float own_db = own_line_sum<P::kParts>(db, at.part);
       float own_da = own_line_sum<P::kParts>(da, at.part);
       float own_dw = own_line_sum<P::kParts>(dw, at.part);
-      if (starts != nullptr && starts[t]) {
+      if ((start_bits >> token & 1) != 0) {
         // The state before it is zero, not what comes of going back.
         own_da = own_dw = 0.0f;
       }
@@ -804,13 +825,13 @@ __global__ void __launch_bounds__(Place<kSize>::kThreads,
       const float dw_raw = own_dw * w * (gate * -kMostDecay) * (1.0f - gate);
       dw0 += dw_raw;
       if (at.stores()) {
-        const int64_t out = at.first + t * at.n_embd + at.line + at.summed();
         x.dr[out] = from_float<Element>(own_dr);
         x.dk[out] = from_float<Element>(own_dk);
         x.db[out] = from_float<Element>(own_db);
         x.da[out] = from_float<Element>(own_da);
         x.dw_raw[out] = from_float<Element>(dw_raw);
       }
+      out -= at.n_embd;
     }
   }
   if (at.stores()) {

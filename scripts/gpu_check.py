@@ -119,6 +119,7 @@ def sizes_of(device, quick):
                            "--recompute", "mixes"])
                  for batch, ctx_len in (("64", "1024"), ("16", "4096"), ("1", "65536"))]],
         other_versions=[("rwkv7", "bf16", ["--shape", "L12"]),
+                        ("rwkv7", "bf16", ["--shape", "L12", "--batch", "4", "--ctx-len", "4096"]),
                         ("rwkv7", "bf16", ["--shape", "L24", "--recompute", "mixes"])],
         decode=[("bf16", ["--shape", "L12"]), ("bf16", ["--shape", "L24"])],
         links=[],
