@@ -325,8 +325,9 @@ std::vector<BenchRow> bench_decode(const ModelConfig& config,
   const int64_t held_before = anonymous_bytes();
   RwkvModel model = random_model(config, dtype);
   if (runtime != nullptr) {
-    runtime->reset_memory();
     model->to(runtime->device());
+    // Only now: LibTorch has no figures of a GPU before something lies there.
+    runtime->reset_memory();
   }
   // Weights that fit into a cache stay there from token to token, so that the rate is that of as
   // many bytes.
