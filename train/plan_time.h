@@ -47,7 +47,7 @@ inline constexpr double kCallSeconds = 3e-6;
 // Of wkv7, forward and backward: a walk's cycles for each token, and more for each number of the
 // states that a multiprocessor walks. Fitted to the four rows of wkv7
 // in tests/bench/results/gpu_h100_2026-11.md, which they give to 3 %.
-inline constexpr double kWalkCycles = 2100;
+inline constexpr double kWalkCycles = 1950;
 inline constexpr double kNumberCycles = 0.27;
 
 // Bus bandwidth between so many.
