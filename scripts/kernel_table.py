@@ -29,7 +29,7 @@ def demangled(names):
 
 def short(name):
     """rwkv::(anonymous namespace)::f<float, true>(...) as f<float, true>."""
-    name = re.sub(r"\(anonymous namespace\)::|_GLOBAL__N__\w+::|rwkv::|wkv4::|layer_norm_shift_mix::", "", name)
+    name = re.sub(r"\(anonymous namespace\)::|_GLOBAL__N__\w+::|rwkv::|wkv4::|wkv7::|layer_norm_shift_mix::", "", name)
     name = name.replace("void ", "").replace("__nv_bfloat16", "bf16").replace("(bool)", "")
     name = re.sub(r"\(Task\)(\d)", lambda m: ("sums", "results")[int(m[1])], name)
     name = re.sub(r"\((?:\w|::)+\)(-?\d+)", r"\1", name)

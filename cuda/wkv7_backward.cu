@@ -1,419 +1,21 @@
-// wkv7, forward and backward. Source and equations: model/ops/wkv7.h.
+// wkv7, backward. Source and equations: model/ops/wkv7.h.
 //
-// Launch shape: a block owns 32 lines of a head's state; a thread has 8 numbers of 2 of them in
-// registers, and N / 8 neighbouring lanes add up their parts. With 4 lines a thread reads half as
-// much, but a token's chain (the update, the sums, u for the next token) is longer, and it is what
-// everything waits for. Tokens come through shared memory in blocks of 32 or 8. Of a line's numbers
-// a thread has four neighbours out of every N / 2, so that the lanes of a warp read neighbouring
-// words.
+// Lines are rows (values) in backward_rows, which goes back through D in the way that forward goes
+// through S, and leaves dv and du. They are columns (keys) in backward_columns, which has the sums
+// over values: it goes back through D once more, with du known, and through the states: from one
+// that forward kept every 32 tokens, or made again on the way to the next, eight steps back by
+// dividing by w.
 //
-// Lines are rows (values) in forward and in backward_rows, which goes back through D in the same
-// way and leaves dv and du. They are columns (keys) in backward_columns, which has the sums over
-// values: it goes back through D once more, with du known, and through the states: from one that
-// forward kept every 32 tokens, or made again on the way to the next, eight steps back by dividing
-// by w.
-//
-// Floor, multiply-adds a number of the state and token: forward 5, backward 5 and 11, and 2.25 for
-// the states made again.
-#include "cuda/launch.h"
-#include "cuda/vector_io.cuh"
-#include "cuda/wkv7_kernel.h"
+// Floor, multiply-adds a number of the state and token: 5 and 11, and 2.25 for the states made
+// again.
+#include "cuda/wkv7_part.cuh"
 
-namespace rwkv {
+namespace rwkv::wkv7 {
 namespace {
 
-constexpr int kLines = 32;       // of a block
-constexpr int kThreadLines = 2;  // that a thread has a part of
-constexpr int kNumbers = 8;      // of that part
-constexpr int kRowTokens = 32;
 constexpr int kColumnTokens = 8;
-// Of a multiprocessor, at least: 168 and 255 registers each. With more nvcc reads so far ahead that
-// it spills.
-constexpr int kThreadsAtOnce = 384;
+// Of a multiprocessor, at least: up to 255 registers each.
 constexpr int kColumnThreadsAtOnce = 256;
-
-// log(w) = -e^{-1/2} gate; and the same for powers of two.
-constexpr float kMostDecay = 0.60653066f;
-constexpr float kMostDecayLog2 = 0.87503871f;
-
-__device__ __forceinline__ float sigmoid(float x) {
-  return fast_reciprocal(1.0f + fast_exp2(x * -1.44269504f));
-}
-__device__ __forceinline__ float decay_of(float gate) {
-  return fast_exp2(gate * -kMostDecayLog2);
-}
-
-// Of its lines, a thread's parts.
-using Part = float[kThreadLines][kNumbers];
-
-// What a thread is in charge of.
-template <int kSize>
-struct Place {
-  static constexpr int kParts = kSize / kNumbers;
-  static constexpr int kBlocks = kSize / kLines;  // of a head
-  static constexpr int kThreads = kLines / kThreadLines * kParts;
-  static constexpr int kSharers = kParts / kThreadLines;  // lanes that end with the same line's sum
-
-  __device__ explicit Place(const Wkv7Sizes& sizes)
-      : part(static_cast<int>(threadIdx.x) % kParts),
-        own(static_cast<int>(threadIdx.x) / kParts * kThreadLines),
-        line(static_cast<int>(blockIdx.x) % kBlocks * kLines + own),
-        number(static_cast<int64_t>(blockIdx.x) / kBlocks),
-        row(number / sizes.H),
-        n_embd(sizes.H * kSize),
-        head_first(number % sizes.H * kSize),
-        first(row * sizes.T * n_embd + head_first) {}
-
-  int part;        // of the lines
-  int own;         // the first line's place among the block's
-  int line;        // and of the head's state
-  int64_t number;  // of the head, over all batch rows
-  int64_t row;     // of the batch
-  int64_t n_embd;
-  int64_t head_first;  // channel of the head
-  int64_t first;       // element of the head's first channel in a tensor, of the row's first token
-  __device__ __forceinline__ int first_line() const { return line - own; }
-  // Which of the thread's lines own_line_sum() is of, and whether this lane is the one to store it.
-  __device__ __forceinline__ int summed() const { return part / kSharers; }
-  __device__ __forceinline__ bool stores() const { return part % kSharers == 0; }
-};
-
-// Neighbours, of a place that is aligned to them.
-__device__ __forceinline__ void load(const float* from, float (&x)[4]) {
-  const float4 packed = *reinterpret_cast<const float4*>(from);
-  x[0] = packed.x, x[1] = packed.y, x[2] = packed.z, x[3] = packed.w;
-}
-__device__ __forceinline__ void load(const float* from, float (&x)[2]) {
-  const float2 packed = *reinterpret_cast<const float2*>(from);
-  x[0] = packed.x, x[1] = packed.y;
-}
-__device__ __forceinline__ void store(const float (&x)[4], float* to) {
-  *reinterpret_cast<float4*>(to) = make_float4(x[0], x[1], x[2], x[3]);
-}
-__device__ __forceinline__ void store(const float (&x)[2], float* to) {
-  *reinterpret_cast<float2*>(to) = make_float2(x[0], x[1]);
-}
-
-// Calls work(e, four) for the thread's numbers of a line, four neighbours at a time: e ... e + 3 of
-// its own are four ... four + 3 of the line.
-template <int kSize, typename Work>
-__device__ __forceinline__ void for_own_fours(int part, const Work& work) {
-#pragma unroll
-  for (int e = 0; e < kNumbers; e += 4) {
-    work(e, e * Place<kSize>::kParts + part * 4);
-  }
-}
-template <int kCount>
-__device__ __forceinline__ void fill(float value, float (&x)[kCount]) {
-#pragma unroll
-  for (int i = 0; i < kCount; ++i) {
-    x[i] = value;
-  }
-}
-__device__ __forceinline__ void fill(float value, Part& m) {
-#pragma unroll
-  for (int line = 0; line < kThreadLines; ++line) {
-    fill(value, m[line]);
-  }
-}
-
-// Of a matrix [N, N] in memory, the lines as columns: m[line][e] is matrix[four + e][line].
-template <int kSize>
-__device__ __forceinline__ void load_columns(const float* matrix, const Place<kSize>& at, Part& m) {
-  for_own_fours<kSize>(at.part, [&](int e, int four) {
-#pragma unroll
-    for (int i = 0; i < 4; ++i) {
-      float x[kThreadLines];
-      load(matrix + (four + i) * kSize + at.line, x);
-#pragma unroll
-      for (int line = 0; line < kThreadLines; ++line) {
-        m[line][e + i] = x[line];
-      }
-    }
-  });
-}
-template <int kSize>
-__device__ __forceinline__ void store_columns(const Part& m,
-                                              const Place<kSize>& at,
-                                              float* matrix) {
-  for_own_fours<kSize>(at.part, [&](int e, int four) {
-#pragma unroll
-    for (int i = 0; i < 4; ++i) {
-      float x[kThreadLines];
-#pragma unroll
-      for (int line = 0; line < kThreadLines; ++line) {
-        x[line] = m[line][e + i];
-      }
-      store(x, matrix + (four + i) * kSize + at.line);
-    }
-  });
-}
-// The lines as rows.
-template <int kSize>
-__device__ __forceinline__ void load_rows(const float* matrix, const Place<kSize>& at, Part& m) {
-  for_own_fours<kSize>(at.part, [&](int e, int four) {
-#pragma unroll
-    for (int line = 0; line < kThreadLines; ++line) {
-      float x[4];
-      load(matrix + (at.line + line) * kSize + four, x);
-#pragma unroll
-      for (int i = 0; i < 4; ++i) {
-        m[line][e + i] = x[i];
-      }
-    }
-  });
-}
-template <int kSize>
-__device__ __forceinline__ void store_rows(const Part& m, const Place<kSize>& at, float* matrix) {
-  for_own_fours<kSize>(at.part, [&](int e, int four) {
-#pragma unroll
-    for (int line = 0; line < kThreadLines; ++line) {
-      const float x[4] = {m[line][e], m[line][e + 1], m[line][e + 2], m[line][e + 3]};
-      store(x, matrix + (at.line + line) * kSize + four);
-    }
-  });
-}
-
-// The sums of all parts of the thread's lines, the same bits in all lanes that have one.
-template <int kParts>
-__device__ __forceinline__ void sum_lines(float (&x)[kThreadLines]) {
-#pragma unroll
-  for (int distance = kParts / 2; distance > 0; distance /= 2) {
-#pragma unroll
-    for (int line = 0; line < kThreadLines; ++line) {
-      x[line] += __shfl_xor_sync(kAllLanes, x[line], distance);
-    }
-  }
-}
-// Of one of the thread's lines only, Place::summed(): with each step a lane gives half of its lines
-// away.
-template <int kParts>
-__device__ __forceinline__ float own_line_sum(float (&x)[kThreadLines], int part) {
-  int distance = kParts / 2;
-#pragma unroll
-  for (int half = kThreadLines / 2; half > 0; half /= 2, distance /= 2) {
-    const bool is_upper = (part & distance) != 0;
-#pragma unroll
-    for (int i = 0; i < half; ++i) {
-      const float given = is_upper ? x[i] : x[i + half];
-      const float kept = is_upper ? x[i + half] : x[i];
-      x[i] = kept + __shfl_xor_sync(kAllLanes, given, distance);
-    }
-  }
-#pragma unroll
-  for (; distance > 0; distance /= 2) {
-    x[0] += __shfl_xor_sync(kAllLanes, x[0], distance);
-  }
-  return x[0];
-}
-
-// Calls work(place among the tokens, channel) for every eighth of kTokens x kChannels cells, shared
-// among the threads: unrolled, so that all that a thread reads is under way at once.
-template <int kThreads, int kTokens, int kChannels, typename Work>
-__device__ __forceinline__ void for_eights(int tokens, const Work& work) {
-  constexpr int kEights = kTokens * kChannels / 8;
-#pragma unroll
-  for (int first = 0; first < kEights; first += kThreads) {
-    const int cell = (first + static_cast<int>(threadIdx.x)) * 8;
-    if (cell < tokens * kChannels) {
-      work(cell / kChannels, cell % kChannels);
-    }
-  }
-}
-
-// Eight neighbours into shared memory, as numbers.
-template <typename Element>
-__device__ __forceinline__ void copy8(const Element* from, float* to) {
-  float x[8];
-  load8(from, x);
-  store8(to, x);
-}
-// The same of w_raw as gates, which decays come from.
-template <typename Element>
-__device__ __forceinline__ void load_gates(const float* w0,
-                                           const Element* w_raw,
-                                           float (&gate)[8]) {
-  float bias[8];
-  load8(w0, bias);
-  load8(w_raw, gate);
-#pragma unroll
-  for (int i = 0; i < 8; ++i) {
-    gate[i] = sigmoid(bias[i] + gate[i]);
-  }
-}
-__device__ __forceinline__ void store_decays(const float (&gate)[8], float* to) {
-  float w[8];
-#pragma unroll
-  for (int i = 0; i < 8; ++i) {
-    w[i] = decay_of(gate[i]);
-  }
-  store8(to, w);
-}
-__device__ __forceinline__ void fill8(float value, float* to) {
-  const float x[8] = {value, value, value, value, value, value, value, value};
-  store8(to, x);
-}
-
-// Bit i: a document starts at token first + i. By whole warps; `starts` [T] may be null.
-__device__ __forceinline__ uint32_t starts_from(const bool* starts, int64_t first, int64_t T) {
-  const int64_t t = first + static_cast<int>(threadIdx.x) % kWarpSize;
-  return __ballot_sync(kAllLanes, starts != nullptr && t < T && starts[t]);
-}
-
-__device__ __forceinline__ int smaller(int64_t x, int y) {
-  return x < y ? static_cast<int>(x) : y;
-}
-
-// One token's way through the thread's lines: m = m decay + second second_keys + first first_keys;
-// the thread's parts of the sums of m with both queries. `first` is the last to be known.
-template <int kSize>
-__device__ __forceinline__ void advance(Part& m,
-                                        int part,
-                                        const float* decay,
-                                        const float (&first)[kThreadLines],
-                                        const float* first_keys,
-                                        const float (&second)[kThreadLines],
-                                        const float* second_keys,
-                                        const float* first_query,
-                                        const float* second_query,
-                                        float (&first_sums)[kThreadLines],
-                                        float (&second_sums)[kThreadLines]) {
-  fill(0.0f, first_sums);
-  fill(0.0f, second_sums);
-  for_own_fours<kSize>(part, [&](int e, int four) {
-    float w[4], x[4], z[4], p[4], q[4];
-    load(decay + four, w);
-    load(first_keys + four, x);
-    load(second_keys + four, z);
-    load(first_query + four, p);
-    load(second_query + four, q);
-#pragma unroll
-    for (int line = 0; line < kThreadLines; ++line) {
-#pragma unroll
-      for (int i = 0; i < 4; ++i) {
-        float& own = m[line][e + i];
-        own = fmaf(first[line], x[i], fmaf(second[line], z[i], own * w[i]));
-        first_sums[line] = fmaf(own, p[i], first_sums[line]);
-        second_sums[line] = fmaf(own, q[i], second_sums[line]);
-      }
-    }
-  });
-}
-
-// ---- Forward ------------------------------------------------------------------------------------
-
-template <int kSize>
-constexpr int kForwardFloats = (5 * kRowTokens + 1) * kSize + kRowTokens* kLines;
-
-template <typename Element, int kSize>
-__global__ void __launch_bounds__(Place<kSize>::kThreads, kThreadsAtOnce / Place<kSize>::kThreads)
-    wkv7_forward_kernel(const Wkv7Forward<Element> x) {
-  using P = Place<kSize>;
-  const Wkv7Sizes& sizes = x.in.sizes;
-  const P at(sizes);
-  float* const r = static_cast<float*>(shared_memory());  // [tokens, N] each
-  float *const k = r + kRowTokens * kSize, *const b = k + kRowTokens * kSize,
-               *const w = b + kRowTokens * kSize,
-               *const a = w + kRowTokens * kSize,            // one token more
-                   *const v = a + (kRowTokens + 1) * kSize;  // [tokens, lines]
-  Part S;
-  load_columns(x.state + at.number * kSize * kSize, at, S);
-  const int64_t num_carries = ceil_div(sizes.T, kWkv7CarryLen) + 1;
-  float* const carries =
-      x.carries == nullptr ? nullptr : x.carries + at.number * num_carries * kSize * kSize;
-  const bool* const starts = x.in.starts == nullptr ? nullptr : x.in.starts + at.row * sizes.T;
-  float u[kThreadLines] = {};
-  float* u_out = x.u == nullptr || at.part != 0 ? nullptr : x.u + at.first + at.line;
-  Element* y_out = x.y + at.first + at.line + at.summed();
-  for (int64_t begin = 0; begin < sizes.T; begin += kRowTokens) {
-    const int tokens = smaller(sizes.T - begin, kRowTokens);
-    const int64_t block_first = at.first + begin * at.n_embd;
-    const uint32_t start_bits = starts_from(starts, begin, sizes.T);
-    static_assert(kRowTokens == kWkv7CarryLen && kRowTokens == kWarpSize);
-    if (carries != nullptr) {
-      store_rows(S, at, carries + begin / kWkv7CarryLen * kSize * kSize);
-    }
-    __syncthreads();
-    for_eights<P::kThreads, kRowTokens, kSize>(tokens, [&](int token, int channel) {
-      const int64_t from = block_first + token * at.n_embd + channel;
-      const int to = token * kSize + channel;
-      float gate[8];
-      load_gates(x.in.w0 + at.head_first + channel, x.in.w_raw + from, gate);
-      copy8(x.in.r + from, r + to);
-      copy8(x.in.k + from, k + to);
-      copy8(x.in.b + from, b + to);
-      store_decays(gate, w + to);
-    });
-    // Of the token after the last there is none: nothing is read off for it.
-    for_eights<P::kThreads, kRowTokens + 1, kSize>(tokens + 1, [&](int token, int channel) {
-      float* const to = a + token * kSize + channel;
-      if (begin + token < sizes.T) {
-        copy8(x.in.a + block_first + token * at.n_embd + channel, to);
-      } else {
-        fill8(0.0f, to);
-      }
-    });
-    for_eights<P::kThreads, kRowTokens, kLines>(tokens, [&](int token, int own) {
-      copy8(x.in.v + block_first + token * at.n_embd + at.first_line() + own,
-            v + token * kLines + own);
-    });
-    __syncthreads();
-    if (begin == 0) {
-      for_own_fours<kSize>(at.part, [&](int e, int four) {
-        float first_a[4];
-        load(a + four, first_a);
-#pragma unroll
-        for (int line = 0; line < kThreadLines; ++line) {
-#pragma unroll
-          for (int i = 0; i < 4; ++i) {
-            u[line] += S[line][e + i] * first_a[i];
-          }
-        }
-      });
-      sum_lines<P::kParts>(u);
-    }
-// So that the second token's reads are under way in the first, here and below. Not 3: nvcc 13.0
-// then leaves out the check for the end.
-#pragma unroll 2
-    for (int token = 0; token < tokens; ++token) {
-      if ((start_bits >> token & 1) != 0) {
-        fill(0.0f, S);
-        fill(0.0f, u);
-      }
-      if (u_out != nullptr) {
-        store(u, u_out);
-        u_out += at.n_embd;
-      }
-      float own_v[kThreadLines], y[kThreadLines], u_next[kThreadLines];
-      load(v + token * kLines + at.own, own_v);
-      advance<kSize>(S,
-                     at.part,
-                     w + token * kSize,
-                     u,
-                     b + token * kSize,
-                     own_v,
-                     k + token * kSize,
-                     r + token * kSize,
-                     a + (token + 1) * kSize,
-                     y,
-                     u_next);
-      sum_lines<P::kParts>(u_next);
-#pragma unroll
-      for (int line = 0; line < kThreadLines; ++line) {
-        u[line] = u_next[line];
-      }
-      const float own_y = own_line_sum<P::kParts>(y, at.part);
-      if (at.stores()) {
-        *y_out = from_float<Element>(own_y);
-      }
-      y_out += at.n_embd;
-    }
-  }
-  store_columns(S, at, x.state_out + at.number * kSize * kSize);
-  if (carries != nullptr) {
-    store_rows(S, at, carries + (num_carries - 1) * kSize * kSize);
-  }
-}
 
 // ---- Backward: dv, du, the gradient of the first state ------------------------------------------
 
@@ -841,23 +443,8 @@ __global__ void __launch_bounds__(Place<kSize>::kThreads,
 
 // ---- Launching ----------------------------------------------------------------------------------
 
-template <int kSize>
-LaunchShape shape_of(const Wkv7Sizes& sizes, int shared_floats) {
-  return {.grid = dim3(static_cast<unsigned>(sizes.B * sizes.H * Place<kSize>::kBlocks)),
-          .block = dim3(Place<kSize>::kThreads),
-          .shared_bytes = static_cast<size_t>(shared_floats) * sizeof(float)};
-}
-
 template <int kSize, typename Element>
-cudaError_t launch_forward(const Wkv7Forward<Element>& args, cudaStream_t stream) {
-  return launch_kernel(&wkv7_forward_kernel<Element, kSize>,
-                       shape_of<kSize>(args.in.sizes, kForwardFloats<kSize>),
-                       stream,
-                       args);
-}
-
-template <int kSize, typename Element>
-cudaError_t launch_backward(const Wkv7Backward<Element>& args, cudaStream_t stream) {
+cudaError_t launch_both(const Wkv7Backward<Element>& args, cudaStream_t stream) {
   const cudaError_t error = launch_kernel(&wkv7_backward_rows_kernel<Element, kSize>,
                                           shape_of<kSize>(args.in.sizes, kRowsFloats<kSize>),
                                           stream,
@@ -870,50 +457,20 @@ cudaError_t launch_backward(const Wkv7Backward<Element>& args, cudaStream_t stre
 }
 
 }  // namespace
+}  // namespace rwkv::wkv7
 
-int64_t wkv7_carries_floats(const Wkv7Sizes& sizes) {
-  return sizes.B * sizes.H * (ceil_div(sizes.T, kWkv7CarryLen) + 1) * sizes.N * sizes.N;
-}
-
-template <typename Element>
-cudaError_t launch_wkv7(const Wkv7Forward<Element>& args, cudaStream_t stream) {
-  if (args.in.sizes.B == 0) {
-    return cudaSuccess;
-  }
-  switch (args.in.sizes.N) {
-    case 32:
-      return launch_forward<32>(args, stream);
-    case 64:
-      return launch_forward<64>(args, stream);
-    case 128:
-      return launch_forward<128>(args, stream);
-    default:
-      return cudaErrorInvalidValue;
-  }
-}
+namespace rwkv {
 
 template <typename Element>
 cudaError_t launch_wkv7_backward(const Wkv7Backward<Element>& args, cudaStream_t stream) {
   if (args.in.sizes.B == 0) {
     return cudaSuccess;
   }
-  switch (args.in.sizes.N) {
-    case 32:
-      return launch_backward<32>(args, stream);
-    case 64:
-      return launch_backward<64>(args, stream);
-    case 128:
-      return launch_backward<128>(args, stream);
-    default:
-      return cudaErrorInvalidValue;
-  }
+  return wkv7::with_head_size(args.in.sizes.N,
+                              [&](auto size) { return wkv7::launch_both<size>(args, stream); });
 }
 
-#define RWKV_INSTANTIATE(Element)                                              \
-  template cudaError_t launch_wkv7(const Wkv7Forward<Element>&, cudaStream_t); \
-  template cudaError_t launch_wkv7_backward(const Wkv7Backward<Element>&, cudaStream_t);
-RWKV_INSTANTIATE(float)
-RWKV_INSTANTIATE(__nv_bfloat16)
-#undef RWKV_INSTANTIATE
+template cudaError_t launch_wkv7_backward(const Wkv7Backward<float>&, cudaStream_t);
+template cudaError_t launch_wkv7_backward(const Wkv7Backward<__nv_bfloat16>&, cudaStream_t);
 
 }  // namespace rwkv
