@@ -126,7 +126,8 @@ void set_initial_weights(RwkvModel& model, const RunConfig& config) {
     return;
   }
   const std::string path = find_model(*config.init.from, Scrutiny::kWeights);
-  const LoadReport report = load_weights(model, read_weights(path), rules_of(config.init));
+  const WeightFile file = read_weights(path);
+  const LoadReport report = load_weights(model, file, rules_of(config.init));
   require_use(
       config.init.allow_missing, report.missing, "init.allow_missing", "missing in " + path);
   require_use(config.init.allow_unexpected,
@@ -134,6 +135,13 @@ void set_initial_weights(RwkvModel& model, const RunConfig& config) {
               "init.allow_unexpected",
               "unexpected in " + path);
   spdlog::info("beginning with the weights of {}", path);
+  if (const auto trained_as = config_in(file);
+      trained_as && trained_as->init.state && !config.init.state) {
+    spdlog::warn(
+        "the weights were trained with every sequence beginning from the state in {}; here each "
+        "begins from nothing, unless init.state names it",
+        *trained_as->init.state);
+  }
   if (!report.missing.empty()) {
     spdlog::info("with initial values: {}", fmt::join(report.missing, ", "));
   }

@@ -176,6 +176,18 @@ class StateFiles(unittest.TestCase):
                           "file with --state, or begin from nothing with --state none", message)
         self.rookery(*eval_own, "--state", "kept.pth")
 
+    def test_a_run_from_weights_that_had_a_state_says_that_it_has_none(self):
+        self.time_state("first.pth")
+        self.train("init.state=first.pth", "init.from=rwkv7", "train.run_dir=first",
+                   "train.total_steps=5")
+        for options, warns in (((), True), (("init.state=first.pth",), False)):
+            run = ("train", "--config", "rwkv7.toml", "--set=init.from=first",
+                   f"--set=train.run_dir=second{warns}", "--set=train.total_steps=5")
+            done = support.run(*run, *(f"--set={option}" for option in options), cwd=self.folder)
+            self.assertEqual(done.returncode, 0, done.stderr.decode())
+            self.assertEqual(b"beginning from the state in first.pth; here each begins from nothing"
+                             in done.stdout + done.stderr, warns)
+
     def test_a_run_that_is_refused_for_its_state_leaves_nothing(self):
         self.generate("rwkv4", "The", "--length", 0, "--save-state", "s4.safetensors")
         for state in ("s4.safetensors", "none.pth"):
