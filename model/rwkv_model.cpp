@@ -3,6 +3,7 @@
 #include <ATen/ATen.h>
 #include <ATen/CPUGeneratorImpl.h>
 
+#include "model/ops/arguments.h"
 #include "model/ops/embedding.h"
 #include "model/ops/head_chunks.h"
 #include "model/ops/head_loss.h"
@@ -133,8 +134,7 @@ ModelTelemetry RwkvModelImpl::telemetry(const at::Tensor& tokens_BT, const State
 
 State RwkvModelImpl::initial_state(int64_t batch_size) const {
   const at::TensorOptions activations = emb_->weight.options().requires_grad(false);
-  const at::TensorOptions exact =
-      activations.dtype(dtype() == at::kDouble ? at::kDouble : at::kFloat);
+  const at::TensorOptions exact = activations.dtype(ops::exact_type(dtype()));
   State state;
   for (const LayerState& row : initial_row_.layers) {
     state.layers.push_back(

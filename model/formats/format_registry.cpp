@@ -9,6 +9,7 @@
 #include "model/formats/piece_files.h"
 #include "model/formats/pth.h"
 #include "model/formats/safetensors.h"
+#include "model/formats/state_tensors.h"
 
 namespace rwkv {
 namespace {
@@ -89,8 +90,11 @@ constexpr size_t kShownBytes = 8;
                                std::string(mistake.advice));
     }
   }
-  throw std::runtime_error(path + ": first bytes " + in_quotes(text.substr(0, kShownBytes)) + "; " +
-                           kExpected);
+  throw std::runtime_error(
+      path + ": first bytes " + in_quotes(text.substr(0, kShownBytes)) + "; " + kExpected +
+      (is_state_buffer(path) ? "; a state of rwkv.cpp's does not say of which model it is: "
+                               "give it to --state or init.state, beside that model"
+                             : ""));
 }
 
 const WeightFormat* format_for_ending(const std::string& path) {

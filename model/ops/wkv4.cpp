@@ -76,7 +76,7 @@ void check_dtypes(const at::Tensor& w_log_A,
               r_BTA.scalar_type(),
               " but k_BTA is ",
               inputs);
-  const at::ScalarType exact = inputs == at::kDouble ? at::kDouble : at::kFloat;
+  const at::ScalarType exact = exact_type(inputs);
   for (const at::Tensor& tensor : {w_log_A, u_A, state_B3A}) {
     TORCH_CHECK(tensor.scalar_type() == exact,
                 "wkv4: w_log_A, u_A and state_B3A must be ",

@@ -11,6 +11,7 @@
 #include <ATen/Parallel.h>
 #include <torch/library.h>
 
+#include "model/ops/arguments.h"
 #include "model/ops/cpu_sums.h"
 #include "model/ops/cpu_vector.h"
 #include "model/ops/tensor_data.h"
@@ -266,9 +267,8 @@ Sizes sizes_of(const at::Tensor& x_BTC, int64_t head_size) {
 
 // Sums of each strip, [strips, rows, C]: at least one strip, so that they can be added up.
 at::Tensor empty_sums(const Sizes& sizes, int64_t rows, const at::Tensor& like) {
-  const at::ScalarType exact = like.scalar_type() == at::kDouble ? at::kDouble : at::kFloat;
   return at::zeros({std::max<int64_t>(sizes.num_strips(), 1), rows, sizes.n_embd},
-                   like.options().dtype(exact).requires_grad(false));
+                   like.options().dtype(exact_type(like.scalar_type())).requires_grad(false));
 }
 
 std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor> wkv7_inputs_cpu(

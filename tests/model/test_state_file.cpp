@@ -11,30 +11,15 @@
 #include "model/state_file.h"
 #include "model/weights.h"
 #include "tests/support/tensors.h"
+#include "tests/support/tiny_model.h"
 
 namespace rwkv {
 namespace {
 
+using test::random_model;
 using testing::AllOf;
 using testing::HasSubstr;
 using testing::ThrowsMessage;
-
-// Every weight random: at initial ones of RWKV-7 the logits do not depend on the state.
-RwkvModel random_model(const std::string& version, int64_t n_layer = 2, int64_t n_embd = 16) {
-  ModelConfig config{
-      .version = version, .n_layer = n_layer, .n_embd = n_embd, .vocab_size = 48, .ctx_len = 16};
-  if (version != "rwkv4") {
-    config.head_size = 8;
-  }
-  RwkvModel model(config);
-  model->initialise(1, 1e-4);
-  const at::NoGradGuard no_grad;
-  at::Generator generator = at::make_generator<at::CPUGeneratorImpl>(uint64_t{7});
-  for (at::Tensor& parameter : model->parameters()) {
-    parameter += 0.3 * at::randn(parameter.sizes(), generator);
-  }
-  return model;
-}
 
 at::Tensor random_tokens(int64_t batch_size, int64_t seq_len) {
   at::Generator generator = at::make_generator<at::CPUGeneratorImpl>(uint64_t{5});
@@ -113,19 +98,11 @@ TEST_P(StateFile, Bf16StateIsExactToo) {
   RwkvModel model = random_model(GetParam());
   model->set_dtype(at::kBFloat16);
   const State state = model->forward(random_tokens(1, 5), model->initial_state(1)).state;
-  save_state(file("s.safetensors"), state, model);
-  model->set_initial_state(load_state(file("s.safetensors"), model));
-  expect_same_state(model->initial_state(1), state);
-}
-
-TEST_P(StateFile, BufferOfRwkvCppIsExactToo) {
-  const at::NoGradGuard no_grad;
-  RwkvModel model = random_model(GetParam());
-  model->set_dtype(at::kBFloat16);
-  const State state = model->forward(random_tokens(1, 5), model->initial_state(1)).state;
-  save_state(file("s.bin"), state, model);
-  model->set_initial_state(load_state(file("s.bin"), model));
-  expect_same_state(model->initial_state(1), state);
+  for (const char* name : {"s.safetensors", "s.bin"}) {
+    save_state(file(name), state, model);
+    model->set_initial_state(load_state(file(name), model));
+    expect_same_state(model->initial_state(1), state);
+  }
 }
 
 TEST_P(StateFile, StartIsAConstantInTraining) {

@@ -1,7 +1,6 @@
 #include <cmath>
 
 #include <ATen/ATen.h>
-#include <ATen/CPUGeneratorImpl.h>
 
 #include <gmock/gmock.h>
 #include <gtest/gtest.h>
@@ -9,24 +8,12 @@
 #include "model/rwkv_model.h"
 #include "model/telemetry.h"
 #include "tests/support/tensors.h"
+#include "tests/support/tiny_model.h"
 
 namespace rwkv {
 namespace {
 
-// Two heads of eight channels where the version has heads.
-RwkvModel random_model(const std::string& version) {
-  ModelConfig config{
-      .version = version, .n_layer = 2, .n_embd = 16, .vocab_size = 48, .ctx_len = 16};
-  config.head_size = version == "rwkv4" ? 0 : 8;
-  RwkvModel model(config);
-  model->initialise(1, 1e-4);
-  const at::NoGradGuard no_grad;
-  at::Generator generator = at::make_generator<at::CPUGeneratorImpl>(uint64_t{7});
-  for (at::Tensor& parameter : model->parameters()) {
-    parameter += 0.3 * at::randn(parameter.sizes(), generator);
-  }
-  return model;
-}
+using test::random_model;
 
 const at::Tensor kTokens = at::arange(24, at::kLong).view({3, 8});
 

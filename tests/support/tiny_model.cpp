@@ -3,6 +3,7 @@
 #include <filesystem>
 
 #include <ATen/ATen.h>
+#include <ATen/CPUGeneratorImpl.h>
 
 #include <gtest/gtest.h>
 
@@ -11,6 +12,22 @@
 #include "tests/support/test_data.h"
 
 namespace rwkv::test {
+
+RwkvModel random_model(const std::string& version, int64_t n_layer, int64_t n_embd) {
+  ModelConfig config{
+      .version = version, .n_layer = n_layer, .n_embd = n_embd, .vocab_size = 48, .ctx_len = 16};
+  if (version != "rwkv4") {
+    config.head_size = 8;
+  }
+  RwkvModel model(config);
+  model->initialise(1, 1e-4);
+  const at::NoGradGuard no_grad;
+  at::Generator generator = at::make_generator<at::CPUGeneratorImpl>(uint64_t{7});
+  for (at::Tensor& parameter : model->parameters()) {
+    parameter += 0.3 * at::randn(parameter.sizes(), generator);
+  }
+  return model;
+}
 
 RwkvModel model_of(const std::map<std::string, at::Tensor>& tensors, const ModelConfig& config) {
   RwkvModel model(config);

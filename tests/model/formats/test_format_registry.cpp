@@ -34,6 +34,14 @@ TEST(FormatRegistry, TellsFormatsByContentAndNotByName) {
   EXPECT_EQ(format_of("a.st"), "safetensors");
 }
 
+TEST(FormatRegistry, SaysWhereAStateOfRwkvCppGoes) {
+  const test::TempFolder folder;
+  test::write_file(folder.path("s.bin"), std::string(64, '\1'));
+  EXPECT_THAT(
+      THROWN_TEXT(std::runtime_error, read_weights(folder.path("s.bin"))),
+      AllOf(HasSubstr("s.bin: first bytes"), HasSubstr("give it to --state or init.state")));
+}
+
 TEST(FormatRegistry, ReadsTheWeightsOfACheckpointFolder) {
   const test::TempFolder folder;
   const std::vector<std::byte> data(8, std::byte{1});
